@@ -1,0 +1,35 @@
+"""Weight formats, one file each: how a linear layer's weight is stored, and how many bytes it takes.
+
+A format's `encode` turns a full-precision weight into the layer that takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from image_worker.model.formats import int8, nf4
+from image_worker.settings import Precision
+
+
+@dataclass(frozen=True)
+class Format:
+    """How to store linear layers.
+
+    encode(weight, bias, dtype): weight (out, in) on the device where it stays; the bias, if `bias`,
+    is set later; dtype is the one to compute in.
+    size(rows, columns): bytes of the stored weight.
+    """
+
+    encode: Callable[[Tensor, bool, torch.dtype], nn.Module]
+    size: Callable[[int, int], int]
+
+
+FORMATS: dict[Precision, Format | None] = {
+    "bf16": None,  # as the checkpoint has it
+    "8bit": Format(int8.encode, int8.size),
+    "4bit": Format(nf4.encode, nf4.size),
+}

@@ -1,0 +1,38 @@
+"""int8: one float32 scale per row, activations quantised per token, outliers kept in 16 bit.
+
+Stored and multiplied by bitsandbytes (Dettmers et al., 2022, LLM.int8()).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+OUTLIER_THRESHOLD = 6.0  # LLM.int8(), section 3.2
+
+
+def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa: ARG001
+    """A `Linear8bitLt` that holds `weight` (out, in), quantised on the device it is on."""
+    from bitsandbytes.functional import int8_vectorwise_quant
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    rows, columns = weight.shape
+    layer = Linear8bitLt(
+        columns,
+        rows,
+        bias=bias,
+        has_fp16_weights=False,
+        threshold=OUTLIER_THRESHOLD,
+        device="meta",
+    )
+    values, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+    layer.weight = Int8Params(
+        values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales
+    )
+    layer.init_8bit_state()
+    return layer  # type: ignore[no-any-return]
+
+
+def size(rows: int, columns: int) -> int:
+    """Bytes: one a value and four a row."""
+    return rows * columns + 4 * rows

@@ -1,0 +1,38 @@
+"""NF4: 4-bit values on a normal-quantile grid, in blocks of 64 with one float32 scale each.
+
+Stored and multiplied by bitsandbytes (Dettmers et al., 2023, QLoRA).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+BLOCK = 64
+
+
+def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:
+    """A `Linear4bit` that holds `weight` (out, in), quantised on the device it is on."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    rows, columns = weight.shape
+    layer = Linear4bit(
+        columns,
+        rows,
+        bias=bias,
+        compute_dtype=dtype,
+        compress_statistics=False,
+        quant_type="nf4",
+        device="meta",
+    )
+    # `.to` quantises a Params4bit that is not quantised yet.
+    layer.weight = Params4bit(
+        weight, requires_grad=False, compress_statistics=False, quant_type="nf4", module=layer
+    ).to(weight.device)
+    return layer  # type: ignore[no-any-return]
+
+
+def size(rows: int, columns: int) -> int:
+    """Bytes: half a byte a value and four a block."""
+    values = rows * columns
+    return values // 2 + 4 * -(-values // BLOCK)

@@ -1,0 +1,157 @@
+"""LoRA files: reading them, checking that they fit, and adding them to weights.
+
+A LoRA is merged into bf16 weights before these are quantised: merged afterwards, the rounding of
+a 4-bit weight swallows nearly all of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from image_worker.errors import ModelMismatch
+
+# Prefixes that trainers put before the transformer's own module names.
+_PREFIXES = ("transformer.", "model.diffusion_model.", "diffusion_model.")
+_KEY = re.compile(
+    r"(?P<module>.+)\."
+    r"(?:(?P<down>lora_down|lora_A)(?:\.default)?\.weight"
+    r"|(?P<up>lora_up|lora_B)(?:\.default)?\.weight"
+    r"|(?P<alpha>alpha))"
+)
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One module's low-rank change: `weight += scale * up @ down`.
+
+    down: (rank, in_features); up: (out_features, rank); scale = alpha / rank, or 1 without alpha
+    (Hu et al., 2021, section 4.1).
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def delta(self, device: torch.device) -> Tensor:
+        """The change of the weight, float32, (out_features, in_features)."""
+        up, down = self.up.to(device, torch.float32), self.down.to(device, torch.float32)
+        return self.scale * (up @ down)
+
+
+class Lora:
+    """A LoRA file whose every tensor is understood. Which modules were merged is kept count of."""
+
+    def __init__(self, name: str, pairs: dict[str, LoraPair]) -> None:
+        self.name = name
+        self.pairs = pairs
+        self._merged: set[str] = set()
+
+    @classmethod
+    def read(cls, path: Path) -> Lora:
+        """Reads `lora_down`/`lora_up`/`alpha` or `lora_A`/`lora_B` files, with or without prefix.
+
+        Raises:
+            ModelMismatch: no safetensors file, a tensor that is no part of a LoRA, or a half pair.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises its own, OS and value errors alike
+            raise ModelMismatch(f"{path.name} is not a readable safetensors file") from error
+        return cls(path.name, _pairs(path.name, tensors))
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Every module that the file names must be a linear layer of `model`, of fitting shape.
+
+        Raises:
+            ModelMismatch: says how many do not fit, and the first of them.
+        """
+        modules = dict(model.named_modules())
+        wrong = []
+        for name, pair in self.pairs.items():
+            module = modules.get(name)
+            if not isinstance(module, nn.Linear):
+                wrong.append(f"{name} is no linear layer of the model")
+                continue
+            shape = (pair.up.shape[0], pair.down.shape[1])
+            expected = (module.out_features, module.in_features)
+            if shape != expected or pair.up.shape[1] != pair.down.shape[0]:
+                wrong.append(f"{name} is {shape} in the file and {expected} in the model")
+        if wrong:
+            raise ModelMismatch(
+                f"{self.name} does not fit the model: {len(wrong)} of {len(self.pairs)} modules, "
+                f"the first: {wrong[0]}"
+            )
+
+    def merge(self, module: str, weight: Tensor) -> Tensor:
+        """`weight` with this module's change added, in `weight`'s type; unchanged if it has none."""
+        pair = self.pairs.get(module)
+        if pair is None:
+            return weight
+        self._merged.add(module)
+        return (weight.float() + pair.delta(weight.device)).to(weight.dtype)
+
+    def check_merged(self) -> None:
+        """After loading: every pair must have found its weight.
+
+        Raises:
+            ModelMismatch: some have not.
+        """
+        left = [name for name in self.pairs if name not in self._merged]
+        if left:
+            raise ModelMismatch(
+                f"{self.name}: {len(left)} of {len(self.pairs)} modules were not merged, "
+                f"the first: {left[0]}"
+            )
+
+
+def _pairs(name: str, tensors: dict[str, Tensor]) -> dict[str, LoraPair]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(_without_prefix(key))
+        if match is None:
+            unknown.append(key)
+            continue
+        role = next(role for role in ("down", "up", "alpha") if match[role])
+        parts.setdefault(match["module"], {})[role] = tensor
+    if unknown:
+        raise ModelMismatch(
+            f"{name}: {len(unknown)} of {len(tensors)} tensors are no part of a LoRA, "
+            f"the first: {unknown[0]}"
+        )
+    _check_pairs(name, parts.items())
+    return {
+        module: LoraPair(part["down"], part["up"], _scale(part)) for module, part in parts.items()
+    }
+
+
+def _check_pairs(name: str, parts: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
+    found = False
+    for module, part in parts:
+        found = True
+        if not {"down", "up"} <= part.keys():
+            raise ModelMismatch(f"{name}: {module} has only {', '.join(sorted(part))}")
+        if part["down"].ndim != 2 or part["up"].ndim != 2:
+            raise ModelMismatch(f"{name}: {module} is not a pair of matrices")
+    if not found:
+        raise ModelMismatch(f"{name} holds no LoRA")
+
+
+def _scale(part: dict[str, Tensor]) -> float:
+    rank = part["down"].shape[0]
+    return part["alpha"].item() / rank if "alpha" in part else 1.0
+
+
+def _without_prefix(key: str) -> str:
+    for prefix in _PREFIXES:
+        if key.startswith(prefix):
+            return key[len(prefix) :]
+    return key

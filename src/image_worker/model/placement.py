@@ -1,0 +1,237 @@
+"""Where weights live: a pure plan from sizes and free memory, and the switch that carries it out.
+
+With `offload="model"` the text encoder, the transformer and the VAE take turns on the card. Their
+weights never change, so the host keeps the one pinned copy: moving out is forgetting, not copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from image_worker.errors import DoesNotFit
+from image_worker.settings import Precision, Settings
+
+GIB = 2**30
+
+# Measured at full size on one card by `python -m image_worker.bench.full_size`: peak working
+# memory above the weights, per image or text token and unit of model width, and per output pixel
+# and unit of the VAE's base width.
+DENOISE_BYTES = {"bf16": 46, "8bit": 90, "4bit": 54}
+DECODE_BYTES = 46
+TILED_DECODE_SIDE = 512  # pixels; a tile's working memory is that of a picture of this size
+RESERVE = GIB // 2  # the CUDA libraries' own memory and the allocator's gaps
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the plan needs to know of the machine. Without a card, memory is not planned."""
+
+    name: str
+    free: int | None = None
+    has_bf16: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return torch.device("cpu" if self.free is None else "cuda")
+
+
+def detect_hardware(settings: Settings) -> Hardware:
+    """Looks at the card, and makes `GPU_MAX_GIB` a limit that the process cannot exceed."""
+    if not torch.cuda.is_available():
+        return Hardware(name="CPU")
+    free, total = torch.cuda.mem_get_info()
+    if settings.gpu_max_gib is not None:
+        limit = int(settings.gpu_max_gib * GIB)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+        free = min(free, limit)
+    return Hardware(
+        name=torch.cuda.get_device_name(),
+        free=free,
+        has_bf16=torch.cuda.get_device_capability() >= (8, 0),
+    )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of each component's weights at one precision."""
+
+    text_encoder: int
+    transformer: int
+    vae: int
+
+    @property
+    def total(self) -> int:
+        """All three together."""
+        return self.text_encoder + self.transformer + self.vae
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What working memory depends on: widths of transformer and VAE, and the usual job."""
+
+    width: int
+    vae_base: int
+    tokens: int
+    pixels: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided, and what it is forecast to take.
+
+    max_tokens: tokens in one forward of the transformer; max_pixels: the largest picture that the
+    VAE decodes without tiles (both None: no limit); peak: forecast bytes for the usual job.
+    """
+
+    precision: Precision
+    offload: Literal["none", "model"]
+    max_tokens: int | None
+    max_pixels: int | None
+    peak: int | None
+
+    def describe(self) -> str:
+        """One line for the log."""
+        place = "everything on the device" if self.offload == "none" else "one component at a time"
+        peak = "" if self.peak is None else f", forecast peak {self.peak / GIB:.1f} GiB"
+        return f"{self.precision}, {place}{peak}"
+
+
+def plan(
+    settings: Settings, sizes: Mapping[Precision, Sizes], shape: Shape, hardware: Hardware
+) -> Plan:
+    """Chooses precision and offload: the first that fits, the most exact and fastest first.
+
+    Raises:
+        DoesNotFit: nothing that the settings allow fits; says what it would take.
+    """
+    tried = []
+    for precision, offload in _choices(settings):
+        plan = _fit(precision, offload, sizes[precision], shape, hardware)
+        if plan.peak is None or hardware.free is None or plan.peak <= hardware.free:
+            return plan
+        tried.append(f"{precision} with CPU_OFFLOAD={offload} takes {plan.peak / GIB:.1f} GiB")
+    assert hardware.free is not None
+    raise DoesNotFit(
+        f"the model does not fit: {hardware.free / GIB:.1f} GiB are free on {hardware.name}; "
+        + "; ".join(tried)
+    )
+
+
+def _choices(settings: Settings) -> Iterator[tuple[Precision, Literal["none", "model"]]]:
+    wanted = settings.precision_mode
+    if settings.int8_cpu_offload:
+        yield "8bit", "model"
+        return
+    precisions: list[Precision] = ["bf16", "8bit", "4bit"] if wanted == "auto" else [wanted]
+    if settings.cpu_offload != "model":
+        yield from ((precision, "none") for precision in precisions)
+    if settings.cpu_offload != "none":
+        yield from ((precision, "model") for precision in precisions)
+
+
+def _fit(
+    precision: Precision,
+    offload: Literal["none", "model"],
+    sizes: Sizes,
+    shape: Shape,
+    hardware: Hardware,
+) -> Plan:
+    if hardware.free is None:
+        return Plan(precision, "none", None, None, None)
+    per_token = DENOISE_BYTES[precision] * shape.width
+    per_pixel = DECODE_BYTES * shape.vae_base
+    while_denoising = sizes.total if offload == "none" else sizes.transformer
+    while_decoding = sizes.total if offload == "none" else sizes.vae
+    room_to_decode = hardware.free - while_decoding - RESERVE
+    tile = min(shape.pixels, TILED_DECODE_SIDE**2)
+    decoded_at_once = shape.pixels if room_to_decode >= shape.pixels * per_pixel else tile
+    return Plan(
+        precision,
+        offload,
+        max_tokens=max(shape.tokens, (hardware.free - while_denoising - RESERVE) // per_token),
+        max_pixels=max(0, room_to_decode // per_pixel),
+        peak=RESERVE
+        + max(
+            while_denoising + shape.tokens * per_token,
+            while_decoding + decoded_at_once * per_pixel,
+            sizes.text_encoder,
+        ),
+    )
+
+
+class Placement:
+    """Puts a component on the device before it is used. Without offload there is nothing to do."""
+
+    def __init__(self, device: torch.device, *, offload: bool) -> None:
+        self.device = device
+        self._offload = offload
+        self._held: dict[str, _HostCopy] = {}
+        self._present: str | None = None
+
+    def add(self, name: str, module: nn.Module) -> None:
+        """Takes over `module`, loaded on the device; with offload, moves it to the host."""
+        if self._offload:
+            self._held[name] = _HostCopy(module)
+            torch.cuda.empty_cache()
+
+    def bring(self, name: str) -> None:
+        """Makes the component `name` ready to run; with offload, in place of the others."""
+        if not self._offload or self._present == name:
+            return
+        for held in self._held.values():
+            held.leave()
+        torch.cuda.empty_cache()
+        self._held[name].enter(self.device)
+        self._present = name
+
+
+class _HostCopy:
+    """A module's tensors in pinned memory, and the places on the module that refer to them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places = list(_places(module))
+        copies: dict[tuple[int, torch.Size], Tensor] = {}
+        for owner, name in self._places:
+            tensor = getattr(owner, name)
+            key = (tensor.data_ptr(), tensor.shape)
+            if key not in copies:
+                copies[key] = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+        self._copies = [
+            copies[getattr(owner, name).data_ptr(), getattr(owner, name).shape]
+            for owner, name in self._places
+        ]
+        self.leave()
+
+    def enter(self, device: torch.device) -> None:
+        moved = {
+            id(copy): copy.to(device, non_blocking=True)
+            for copy in {id(copy): copy for copy in self._copies}.values()
+        }
+        for (owner, name), copy in zip(self._places, self._copies, strict=True):
+            setattr(owner, name, moved[id(copy)])
+
+    def leave(self) -> None:
+        for (owner, name), copy in zip(self._places, self._copies, strict=True):
+            setattr(owner, name, copy)
+
+
+def _places(module: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Every attribute that holds a tensor of the module, bitsandbytes' hidden ones included."""
+    for owner in module.modules():
+        for parameter in owner._parameters.values():
+            if parameter is not None:
+                yield parameter, "data"
+                state = getattr(parameter, "quant_state", None)
+                if state is not None:
+                    yield from ((state, "absmax"), (state, "code"))
+        for name in owner._buffers:
+            yield owner, name
+        state = getattr(owner, "state", None)  # of a Linear8bitLt
+        if getattr(state, "CB", None) is not None:
+            yield from ((state, "CB"), (state, "SCB"))

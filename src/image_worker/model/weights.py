@@ -1,0 +1,149 @@
+"""Streams a component's checkpoint into its module: shard by shard, tensor by tensor.
+
+Per tensor: read, move to the device, cast, add the LoRA's change, quantise, put in place. So no
+more than one shard is mapped, and no more than one full-precision weight is on the card, at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from image_worker.errors import ModelMismatch
+from image_worker.model.formats import Format
+from image_worker.model.lora import Lora
+
+Rename = Callable[[str], str | None]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a component's weights are kept.
+
+    `stores(name)` says whether the linear layer of that name is kept in `format`; all else is kept
+    in `dtype`.
+    """
+
+    dtype: torch.dtype
+    format: Format | None
+    stores: Callable[[str], bool]
+
+
+def load(
+    module: nn.Module,
+    files: list[Path],
+    storage: Storage,
+    device: torch.device,
+    *,
+    rename: Rename = lambda name: name,
+    lora: Lora | None = None,
+    label: str = "",
+) -> None:
+    """Fills `module`, whose parameters are on the meta device, from safetensors `files`.
+
+    rename: the module's name for a checkpoint's tensor, or None for one that is not needed.
+
+    Raises:
+        ModelMismatch: a tensor without a place, a place without a tensor, a shape that differs, or
+            a LoRA that was not merged whole.
+    """
+    if lora is not None:
+        lora.check_fits(module)
+    missing = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for name, tensor in _read(files, label):
+        target = rename(name)
+        if target is None:
+            continue
+        if target not in missing:
+            raise ModelMismatch(f"{label}: the checkpoint has {name}, which the model has not")
+        missing.remove(target)
+        _place(module, target, tensor, storage, device, lora)
+    if missing:
+        raise ModelMismatch(
+            f"{label}: the checkpoint lacks {len(missing)} tensors, the first: {min(missing)}"
+        )
+    if lora is not None:
+        lora.check_merged()
+
+
+def _place(
+    module: nn.Module,
+    name: str,
+    tensor: Tensor,
+    storage: Storage,
+    device: torch.device,
+    lora: Lora | None,
+) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    expected = getattr(owner, leaf).shape
+    if tensor.shape != expected:
+        raise ModelMismatch(
+            f"{name} is {tuple(tensor.shape)} in the checkpoint, {tuple(expected)} in the model"
+        )
+    tensor = tensor.to(device=device, dtype=storage.dtype)
+    if lora is not None and leaf == "weight":
+        tensor = lora.merge(path, tensor)
+    quantised = storage.format is not None and leaf == "weight" and storage.stores(path)
+    if not (quantised and isinstance(owner, nn.Linear)):
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+        return
+    assert storage.format is not None
+    layer = storage.format.encode(tensor, owner.bias is not None, storage.dtype)
+    layer.bias = owner.bias  # loaded already, or still to come
+    layer.requires_grad_(False)
+    module.set_submodule(path, layer)
+
+
+def stored_bytes(files: list[Path], storage: Storage, rename: Rename = lambda name: name) -> int:
+    """What `load` will keep, in bytes, from the files' headers alone.
+
+    Raises:
+        ModelMismatch: a file is cut off or no safetensors file.
+    """
+    total = 0
+    for file in files:
+        for name, shape in _header(file).items():
+            target = rename(name)
+            if target is None:
+                continue
+            path, _, leaf = target.rpartition(".")
+            if storage.format and leaf == "weight" and len(shape) == 2 and storage.stores(path):
+                total += storage.format.size(*shape)
+            else:
+                total += storage.dtype.itemsize * int(torch.Size(shape).numel())
+    return total
+
+
+def _header(file: Path) -> dict[str, list[int]]:
+    """Names and shapes of a safetensors file's tensors."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        end = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k[0] != "_"))
+    except (struct.error, ValueError, KeyError, MemoryError, OverflowError) as error:
+        raise ModelMismatch(f"{file.name} is no safetensors file, or is cut off") from error
+    if file.stat().st_size != end:
+        raise ModelMismatch(f"{file.name} is cut off: {file.stat().st_size} bytes instead of {end}")
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _read(files: list[Path], label: str) -> Iterator[tuple[str, Tensor]]:
+    """All tensors, with a progress bar in a terminal. One file is mapped at a time."""
+    total = sum(file.stat().st_size for file in files)
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+        for file in files:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    tensor = shard.get_tensor(name)
+                    yield name, tensor
+                    bar.update(tensor.nbytes)

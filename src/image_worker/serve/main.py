@@ -1,0 +1,91 @@
+"""The command line of `handler.py`: decides where jobs come from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from image_worker.errors import InvalidRequest, OperatorError
+from image_worker.settings import Settings
+
+TEST_INPUT = Path("test_input.json")
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves the queue where there is one; otherwise runs one job. Returns the exit status."""
+    options, for_sdk = _parser().parse_known_args(arguments)
+    try:
+        settings = Settings.from_env()
+        _set_up_logging(settings)
+        job = _local_job(options.test_input, settings, for_sdk)
+        # After the settings: a bad one should not wait for seconds of imports.
+        from image_worker.worker import Worker
+
+        worker = Worker.from_settings(settings)
+    except (OperatorError, InvalidRequest) as error:
+        sys.stderr.write(f"error: {error.type}: {error}\n")
+        return 2
+    if job is not None:
+        from image_worker.serve.command import run_one
+
+        return run_one(worker, job, options.output_folder)
+    from image_worker.serve.runpod_queue import serve
+
+    serve(worker, settings)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="handler.py",
+        description="Edits images with Qwen-Image. Settings come from environment variables.",
+        epilog="Other options (--rp_log_level, --rp_serve_api, …) go to the RunPod SDK.",
+    )
+    parser.add_argument(
+        "--test_input",
+        metavar="JSON",
+        help='run one job, {"input": {"prompt": …, "image": …}}, and exit; without a queue the '
+        "default is test_input.json",
+    )
+    parser.add_argument(
+        "--output_folder",
+        type=Path,
+        default=Path("generated-images"),
+        help="where a local job's pictures go (default: generated-images)",
+    )
+    return parser
+
+
+def _local_job(
+    test_input: str | None, settings: Settings, for_sdk: Sequence[str]
+) -> dict[str, Any] | None:
+    """The job to run here, or None to serve."""
+    if test_input is None:
+        serves = settings.runpod_webhook_get_job or settings.standalone_mode
+        if serves or "--rp_serve_api" in for_sdk:
+            return None
+        if not TEST_INPUT.is_file():
+            raise InvalidRequest("there is no queue, no --test_input and no test_input.json")
+        log.info("no queue: running %s", TEST_INPUT)
+        test_input = TEST_INPUT.read_text()
+    try:
+        job = json.loads(test_input)
+    except ValueError as error:
+        raise InvalidRequest(f"the job is not JSON: {error}") from None
+    if not isinstance(job, dict) or "input" not in job:
+        raise InvalidRequest('the job must be a JSON object with "input"')
+    return job
+
+
+def _set_up_logging(settings: Settings) -> None:
+    logging.basicConfig(
+        level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    for noisy in ("httpx", "urllib3", "PIL", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,159 @@
+"""The worker's configuration: a frozen value, read once from the environment, and by nothing else.
+
+What "auto" means depends on the card and the model, so it is resolved elsewhere
+(`catalog.choose`, `model/placement.py`) into new values; settings are never changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from image_worker.errors import InvalidSettings
+
+ModelName = Literal["auto", "edit-2509", "edit-2511", "edit", "image", "image-2512", "mini"]
+Precision = Literal["bf16", "8bit", "4bit"]
+
+
+def _number_in_text(value: object) -> object:
+    """Environment variables are text; `Literal[4, 8]` wants numbers."""
+    return int(value) if isinstance(value, str) and value.strip().isdigit() else value
+
+
+def _default_model_dir() -> Path:
+    return Path.home() / ".cache" / "image-worker"
+
+
+class Settings(BaseSettings):
+    """One field per environment variable, which has the field's name in capitals."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: ModelName = Field("auto", description="which model of the catalogue to serve")
+    model_id: str | None = Field(
+        None, description="another hub repo of the same kind, or a local folder in diffusers layout"
+    )
+    model_revision: str | None = Field(None, description="commit, tag or branch of the repo")
+    model_dir: Path = Field(
+        default_factory=_default_model_dir, description="where downloaded weights are kept"
+    )
+    local_only: bool = Field(False, description="never download")
+    precision_mode: Literal["auto", "bf16", "8bit", "4bit"] = Field(
+        "auto", description="how weights are stored on the card; auto picks by free memory"
+    )
+    quantize_components: Literal["all", "text"] = Field(
+        "all", description="what 8bit and 4bit apply to: everything, or the text encoder alone"
+    )
+    bnb_compute: Literal["bf16", "fp16"] = Field(
+        "bf16", description="the type in which the model computes"
+    )
+    use_lightning_lora: bool = Field(True, description="few-step sampling by the Lightning LoRA")
+    lightning_steps: Annotated[Literal[4, 8], BeforeValidator(_number_in_text)] = Field(
+        8, description="which Lightning LoRA: the one for 4 or the one for 8 steps"
+    )
+    cpu_offload: Literal["auto", "none", "model"] = Field(
+        "auto", description="keep everything on the card, or one component at a time"
+    )
+    int8_cpu_offload: bool = Field(
+        False, description="older name for CPU_OFFLOAD=model together with PRECISION_MODE=8bit"
+    )
+    gpu_max_gib: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="hard limit on the card's memory, in GiB"
+    )
+    default_cfg_scale: float | None = Field(
+        None, ge=1, le=20, allow_inf_nan=False, description="true_cfg_scale of jobs that name none"
+    )
+    batch_size: int = Field(4, ge=1, le=64, description="most jobs in one batch")
+    batch_timeout_ms: int = Field(
+        40, ge=0, le=10_000, description="longest wait for a batch to fill, in milliseconds"
+    )
+    standalone_mode: bool = Field(False, description="serve plain HTTP instead of RunPod's queue")
+    api_host: str = Field("127.0.0.1", description="address of the standalone server")
+    api_port: int = Field(8000, ge=1, le=65_535, description="port of the standalone server")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="how much is logged"
+    )
+    runpod_webhook_get_job: str | None = Field(
+        None, description="set by RunPod: the queue; without it the worker runs one local job"
+    )
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
+        """Reads the settings from `env`. An empty value counts as unset.
+
+        Raises:
+            InvalidSettings: names every bad variable, its value and what is allowed.
+        """
+        values = {
+            name: env[name.upper()] for name in cls.model_fields if env.get(name.upper(), "").strip()
+        }
+        try:
+            settings = cls.model_validate(values)
+        except ValidationError as error:
+            raise InvalidSettings("\n".join(_explain(cls, values, error))) from None
+        settings._refuse_contradictions()
+        return settings
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        **_: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is passed in: `from_env` is the one place that knows the environment."""
+        return (init_settings,)
+
+    def _refuse_contradictions(self) -> None:
+        if self.int8_cpu_offload and self.cpu_offload == "none":
+            raise InvalidSettings("INT8_CPU_OFFLOAD=1 contradicts CPU_OFFLOAD=none; drop one")
+        if self.int8_cpu_offload and self.precision_mode not in ("auto", "8bit"):
+            raise InvalidSettings(
+                f"INT8_CPU_OFFLOAD=1 contradicts PRECISION_MODE={self.precision_mode}; "
+                "use CPU_OFFLOAD=model to offload at another precision"
+            )
+
+
+def _explain(
+    cls: type[BaseSettings], values: Mapping[str, str], error: ValidationError
+) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        name = str(problem["loc"][0])
+        allowed = allowed_values(cls.model_fields[name])
+        lines.append(f"{name.upper()}={values[name]!r} is not valid; allowed: {allowed}")
+    return lines
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """What a variable may be set to, in words."""
+    choices = [choice for part in _parts(field.annotation) for choice in get_args(part)]
+    if choices:
+        return ", ".join(str(choice) for choice in choices)
+    if field.annotation is bool:
+        return "1 or 0 (also true or false, yes or no, on or off)"
+    bounds = {
+        name: getattr(limit, name)
+        for limit in field.metadata
+        for name in ("gt", "ge", "le")
+        if hasattr(limit, name)
+    }
+    kind = "a whole number" if field.annotation is int else "a number"
+    if "gt" in bounds:
+        return f"{kind} above {bounds['gt']}"
+    if bounds:
+        return f"{kind} from {bounds['ge']} to {bounds['le']}"
+    return "text"
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The `Literal` parts of an annotation, looking through `X | None`."""
+    if get_origin(annotation) is Literal:
+        return [annotation]
+    return [part for part in get_args(annotation) if get_origin(part) is Literal]

@@ -1,0 +1,41 @@
+"""Shared by all tests: small pictures, and the miniature, built once per configuration."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from image_worker.catalog import CATALOG, ModelEntry
+from image_worker.model.build import Model, build
+from image_worker.model.placement import detect_hardware
+from image_worker.settings import Settings
+
+MINI = CATALOG["mini"]
+MINI_FOLDER = Path(MINI.repo)
+
+
+def make_picture(width: int = 128, height: int = 128, seed: int = 0) -> Image.Image:
+    """A smooth random picture, RGB."""
+    values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@functools.cache
+def mini_model(
+    dtype: torch.dtype = torch.float32,
+    entry: ModelEntry = MINI,
+    **variables: str,
+) -> Model:
+    """The miniature on the CPU, configured by environment variables."""
+    settings = Settings.from_env({name.upper(): value for name, value in variables.items()})
+    return build(settings, entry, detect_hardware(settings), dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> None:
+    torch.manual_seed(0)
