@@ -25,15 +25,18 @@ def make_picture(width: int = 128, height: int = 128, seed: int = 0) -> Image.Im
     return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
 
 
-@functools.cache
-def mini_model(
-    dtype: torch.dtype = torch.float32,
-    entry: ModelEntry = MINI,
-    **variables: str,
+def build_mini(
+    dtype: torch.dtype = torch.float32, entry: ModelEntry = MINI, **variables: str
 ) -> Model:
     """The miniature on the CPU, configured by environment variables."""
     settings = Settings.from_env({name.upper(): value for name, value in variables.items()})
     return build(settings, entry, detect_hardware(settings), dtype=dtype)
+
+
+@functools.cache
+def mini_model(dtype: torch.dtype = torch.float32, **variables: str) -> Model:
+    """The same, built once for all tests."""
+    return build_mini(dtype, **variables)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from image_worker.edit import sizes
 from image_worker.errors import InvalidRequest
 from image_worker.model.build import Model
 from image_worker.model.transformer import Shape
+from image_worker.model.vae import statistics
 
 MAX_PROMPT_TOKENS = 1024
 _IMAGE_PAD = "<|image_pad|>"
@@ -130,18 +131,8 @@ def _tokenise(model: Model, text: str, images: Sequence[Image.Image]) -> dict[st
 def _encode_picture(model: Model, pixels: Tensor) -> Tensor:
     """One reference as normalised, packed latents: (tokens, channels)."""
     posterior = model.vae.encode(pixels.to(model.device, model.dtype)).latent_dist
-    mean, deviation = latent_statistics(model)
+    mean, deviation = statistics(model.vae, model.device, model.dtype)
     return pack((posterior.mode() - mean) / deviation)
-
-
-def latent_statistics(model: Model) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the VAE's latents, each (1, channels, 1, 1, 1)."""
-    config = model.vae.config
-    mean, deviation = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(model.device, model.dtype)
-        for values in (config.latents_mean, config.latents_std)
-    )
-    return mean, deviation
 
 
 def pack(latents: Tensor) -> Tensor:

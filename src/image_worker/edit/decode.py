@@ -6,12 +6,13 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from image_worker.edit.conditions import latent_statistics, unpack
+from image_worker.edit.conditions import unpack
 from image_worker.edit.denoise import Picture
 from image_worker.edit.sizes import TOKEN
 from image_worker.errors import BrokenPicture
 from image_worker.model.build import Model
 from image_worker.model.placement import TILED_DECODE_SIDE
+from image_worker.model.vae import statistics
 
 
 @torch.inference_mode()
@@ -22,7 +23,7 @@ def decode(model: Model, picture: Picture) -> Image.Image:
         BrokenPicture: the VAE's numbers overflowed.
     """
     model.placement.bring("vae")
-    mean, deviation = latent_statistics(model)
+    mean, deviation = statistics(model.vae, model.device, model.dtype)
     # In upstream's order of operations, so that bf16 rounds alike.
     latents = unpack(picture.latents, picture.shape) / (1.0 / deviation) + mean
     _set_tiling(model, picture)

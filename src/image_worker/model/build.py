@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel
 from torch import nn
 from transformers import (
     Qwen2_5_VLConfig,
@@ -31,7 +31,9 @@ from image_worker.errors import DoesNotFit, InvalidSettings, ModelMismatch
 from image_worker.model import files, weights
 from image_worker.model.formats import FORMATS
 from image_worker.model.lora import Lora
-from image_worker.model.placement import GIB, Hardware, Placement, Plan, Shape, Sizes, plan
+from image_worker.model.offload import Placement
+from image_worker.model.placement import GIB, Hardware, Plan, Shape, Sizes, plan
+from image_worker.model.vae import PictureVae
 from image_worker.settings import Precision, Settings
 
 log = logging.getLogger(__name__)
@@ -146,13 +148,15 @@ def _load(
             storage = _storage(name, decided.precision, settings, dtype)
             found = files.weight_files(folder / name)
             weights.load(module, found, storage, device, label=name, **options)
+            if isinstance(module, PictureVae):
+                module.fold()
             module.eval().to(device)  # buffers, which no checkpoint holds
             placement.add(name, module)
         return module
 
     text_encoder = load("text_encoder", _empty_text_encoder(folder), rename=text_encoder_name)
     transformer = load("transformer", _empty(QwenImageTransformer2DModel, folder), lora=lora)
-    vae = load("vae", _empty(AutoencoderKLQwenImage, folder))
+    vae = load("vae", _empty(PictureVae, folder))
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     return Model(
         entry=entry,
@@ -230,7 +234,7 @@ def text_encoder_name(name: str) -> str | None:
 
 def _empty(kind: Any, folder: Path) -> nn.Module:
     """The component with its parameters on the meta device."""
-    name = "vae" if kind is AutoencoderKLQwenImage else "transformer"
+    name = "vae" if kind is PictureVae else "transformer"
     with init_empty_weights(include_buffers=False):
         module: nn.Module = kind.from_config(kind.load_config(folder / name))
     return module

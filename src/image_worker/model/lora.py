@@ -39,10 +39,10 @@ class LoraPair:
     up: Tensor
     scale: float
 
-    def delta(self, device: torch.device) -> Tensor:
-        """The change of the weight, float32, (out_features, in_features)."""
-        up, down = self.up.to(device, torch.float32), self.down.to(device, torch.float32)
-        return self.scale * (up @ down)
+    def add_to(self, weight: Tensor) -> Tensor:
+        """The changed weight, (out_features, in_features), summed in float32, in `weight`'s type."""
+        up, down = (part.to(weight.device, torch.float32) for part in (self.up, self.down))
+        return torch.addmm(weight.float(), up, down, alpha=self.scale).to(weight.dtype)
 
 
 class Lora:
@@ -96,7 +96,7 @@ class Lora:
         if pair is None:
             return weight
         self._merged.add(module)
-        return (weight.float() + pair.delta(weight.device)).to(weight.dtype)
+        return pair.add_to(weight)
 
     def check_merged(self) -> None:
         """After loading: every pair must have found its weight.

@@ -1,0 +1,1 @@
+"""Benchmarks that anyone can run on a card of their own."""

@@ -1,0 +1,139 @@
+"""Our edit equals the stock pipeline's, for the same seed: latents in float32, pictures in bf16."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from image_worker.catalog import TEXT_TO_IMAGE, ModelEntry
+from image_worker.edit import conditions
+from image_worker.edit.decode import decode
+from image_worker.edit.denoise import denoise, start
+from image_worker.model.build import Model
+from tests import upstream
+from tests.conftest import MINI, MINI_FOLDER, build_mini, make_picture, mini_model
+
+PROMPT = "make the red circle blue"
+SIZE = {"width": 160, "height": 128}
+LATENT_TOLERANCE = 1e-5  # float32, largest absolute difference
+PICTURE_PSNR = 50.0  # bf16, dB
+
+
+def psnr(found: Image.Image, expected: Image.Image) -> float:
+    """Of two 8-bit pictures, in dB; capped at 100, for equal ones."""
+    difference = np.asarray(found, np.float64) - np.asarray(expected, np.float64)
+    error = (difference**2).mean()
+    return 100.0 if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def ours(
+    model: Model, images: list[Image.Image], *, cfg_scale: float, steps: int, seed: int
+) -> tuple[torch.Tensor, Image.Image]:
+    negative = " " if cfg_scale > 1 else None
+    encoded = conditions.encode(model, PROMPT, negative, images)
+    picture = start(model, encoded, **SIZE, seed=seed, steps=steps, cfg_scale=cfg_scale)
+    denoise(model, [picture])
+    return picture.latents, decode(model, picture)
+
+
+def zero_cond_entry(folder: Path) -> ModelEntry:
+    """The miniature with `zero_cond_t` in its configuration, as the 2511 model has it."""
+    shutil.copytree(MINI_FOLDER, folder, dirs_exist_ok=True)
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"zero_cond_t": True}))
+    return dataclasses.replace(MINI, repo=str(folder))
+
+
+def compare(
+    model: Model, pipeline: Any, cfg_scale: float, references: int, monkeypatch: Any
+) -> None:
+    images = [make_picture(140, 100, seed) for seed in range(references)]
+    latents, picture = ours(model, images, cfg_scale=cfg_scale, steps=8, seed=7)
+    options = {
+        "prompt": PROMPT,
+        "negative_prompt": " " if cfg_scale > 1 else None,
+        "true_cfg_scale": cfg_scale,
+        "num_inference_steps": 8,
+        "seed": 7,
+        **SIZE,
+    }
+    if model.dtype == torch.float32:
+        expected = upstream.edit(pipeline, MINI, images, monkeypatch, "latent", **options)
+        assert (latents - expected[0]).abs().max() <= LATENT_TOLERANCE
+    expected = upstream.edit(pipeline, MINI, images, monkeypatch, "pil", **options)
+    assert psnr(picture, expected[0]) >= PICTURE_PSNR
+    assert np.asarray(picture).std() > 5, "a flat picture would equal anything"
+
+
+@pytest.mark.parametrize("references", [1, 2])
+@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
+@pytest.mark.parametrize("lightning", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_edit(
+    dtype: torch.dtype, lightning: bool, cfg_scale: float, references: int, monkeypatch: Any
+) -> None:
+    model = mini_model(dtype, use_lightning_lora=str(int(lightning)))
+    lora = MINI_FOLDER / MINI.lightning[8].path if lightning else None
+    pipeline = upstream.edit_plus_pipeline(MINI_FOLDER, dtype, lora=lora)
+    compare(model, pipeline, cfg_scale, references, monkeypatch)
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_edit_with_zero_cond_t(
+    dtype: torch.dtype, cfg_scale: float, tmp_path: Path, monkeypatch: Any
+) -> None:
+    model = build_mini(dtype, zero_cond_entry(tmp_path), use_lightning_lora="0")
+    assert model.transformer.zero_cond_t
+    pipeline = upstream.edit_plus_pipeline(MINI_FOLDER, dtype, zero_cond_t=True)
+    compare(model, pipeline, cfg_scale, 2, monkeypatch)
+
+
+def test_zero_cond_t_matters(tmp_path: Path) -> None:
+    images = [make_picture()]
+    with_it = build_mini(torch.float32, zero_cond_entry(tmp_path), use_lightning_lora="0")
+    without = mini_model(torch.float32, use_lightning_lora="0")
+    found = [ours(m, images, cfg_scale=1.0, steps=2, seed=7)[0] for m in (with_it, without)]
+    assert (found[0] - found[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_text_to_image(dtype: torch.dtype, cfg_scale: float) -> None:
+    entry = dataclasses.replace(MINI, template=TEXT_TO_IMAGE, max_images=0)
+    model = build_mini(dtype, entry, use_lightning_lora="0")
+    latents, picture = ours(model, [], cfg_scale=cfg_scale, steps=6, seed=3)
+    pipeline = upstream.image_pipeline(MINI_FOLDER, dtype)
+
+    def stock(output_type: str) -> Any:
+        return pipeline(
+            prompt=PROMPT,
+            negative_prompt=" " if cfg_scale > 1 else None,
+            true_cfg_scale=cfg_scale,
+            num_inference_steps=6,
+            generator=torch.Generator("cpu").manual_seed(3),
+            output_type=output_type,
+            **SIZE,
+        ).images[0]
+
+    if dtype == torch.float32:
+        assert (latents - stock("latent")).abs().max() <= LATENT_TOLERANCE
+    assert psnr(picture, stock("pil")) >= PICTURE_PSNR
+
+
+def test_default_size_is_upstreams() -> None:
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+
+    from image_worker.edit.sizes import fit_area
+
+    for area in (1024 * 1024, 384 * 384, 128 * 128):
+        for ratio in (0.125, 0.4, 0.75, 1.0, 4 / 3, 1.777, 8.0):
+            assert fit_area(area, ratio) == calculate_dimensions(area, ratio)

@@ -1,0 +1,85 @@
+"""A batch is a list of independent jobs: company changes nothing but rounding."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from image_worker.edit import conditions
+from image_worker.edit.denoise import Picture, denoise, start
+from image_worker.model import transformer
+from tests.conftest import make_picture, mini_model
+
+JOBS: tuple[dict[str, Any], ...] = (
+    {"prompt": "make the red circle blue", "references": 1, "size": (128, 128), "steps": 4},
+    {"prompt": "blur it", "references": 2, "size": (96, 160), "steps": 7},
+    {"prompt": "swap the left star and the big square, please", "references": 1, "size": (128, 64)},
+    {"prompt": "remove everything", "references": 3, "size": (64, 64), "steps": 2, "cfg": 4.0},
+)
+
+
+def make(model: Any, number: int) -> Picture:
+    job = JOBS[number]
+    cfg_scale = job.get("cfg", 1.0)
+    images = [make_picture(90 + 20 * number, 128, seed) for seed in range(job["references"])]
+    negative = "ugly" if cfg_scale > 1 else None
+    encoded = conditions.encode(model, job["prompt"], negative, images)
+    width, height = job["size"]
+    return start(
+        model,
+        encoded,
+        width=width,
+        height=height,
+        seed=number,
+        steps=job.get("steps", 5),
+        cfg_scale=cfg_scale,
+    )
+
+
+@pytest.mark.parametrize("max_tokens", [None, 500, 1])
+def test_four_different_jobs_equal_each_alone(max_tokens: int | None) -> None:
+    model = mini_model(torch.float32)
+    model = dataclasses.replace(
+        model, plan=dataclasses.replace(model.plan, max_tokens=max_tokens)
+    )
+    together = [make(model, number) for number in range(4)]
+    denoise(model, together)
+    for number, picture in enumerate(together):
+        alone = make(model, number)
+        denoise(model, [alone])
+        assert picture.done
+        assert (picture.latents - alone.latents).abs().max() <= 1e-4
+
+
+def test_rows_share_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mini_model(torch.float32)
+    counts: list[int] = []
+    stock = transformer.velocities
+
+    def counting(module: Any, rows: Any) -> Any:
+        counts.append(len(rows))
+        return stock(module, rows)
+
+    monkeypatch.setattr("image_worker.edit.denoise.velocities", counting)
+    denoise(model, [make(model, number) for number in range(4)])
+    # Five rows (one picture has guidance), of which each leaves when its own steps are over.
+    assert counts == [5, 5, 3, 3, 2, 1, 1]
+
+
+def test_progress_counts_the_longest() -> None:
+    model = mini_model(torch.float32)
+    seen: list[tuple[int, int]] = []
+    denoise(model, [make(model, 0), make(model, 3)], lambda step, of: seen.append((step, of)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_the_seed_decides() -> None:
+    model = mini_model(torch.float32)
+    encoded = conditions.encode(model, "blur it", None, [make_picture()])
+    options = {"width": 64, "height": 64, "steps": 2, "cfg_scale": 1.0}
+    first, same, other = (start(model, encoded, seed=seed, **options) for seed in (1, 1, 2))
+    assert torch.equal(first.latents, same.latents)
+    assert not torch.equal(first.latents, other.latents)
