@@ -20,18 +20,12 @@ from image_worker.edit.denoise import denoise, start
 from image_worker.model.build import Model
 from tests import upstream
 from tests.conftest import MINI, MINI_FOLDER, build_mini, make_picture, mini_model
+from tests.pictures import psnr
 
 PROMPT = "make the red circle blue"
 SIZE = {"width": 160, "height": 128}
 LATENT_TOLERANCE = 1e-5  # float32, largest absolute difference
 PICTURE_PSNR = 50.0  # bf16, dB
-
-
-def psnr(found: Image.Image, expected: Image.Image) -> float:
-    """Of two 8-bit pictures, in dB; capped at 100, for equal ones."""
-    difference = np.asarray(found, np.float64) - np.asarray(expected, np.float64)
-    error = (difference**2).mean()
-    return 100.0 if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def ours(

@@ -25,17 +25,22 @@ from image_worker.catalog import CATALOG
 MODEL = "edit-2509"
 CONFIGURATIONS: tuple[dict[str, str], ...] = (
     {"PRECISION_MODE": "4bit", "LIGHTNING_STEPS": "8", "CPU_OFFLOAD": "none"},
-    {"PRECISION_MODE": "4bit", "LIGHTNING_STEPS": "8", "CPU_OFFLOAD": "model"},
-    {"PRECISION_MODE": "8bit", "LIGHTNING_STEPS": "8", "CPU_OFFLOAD": "none"},
-    {"PRECISION_MODE": "bf16", "LIGHTNING_STEPS": "8", "CPU_OFFLOAD": "none"},
     {"PRECISION_MODE": "4bit", "LIGHTNING_STEPS": "4", "CPU_OFFLOAD": "none"},
+    {"PRECISION_MODE": "4bit", "LIGHTNING_STEPS": "8", "CPU_OFFLOAD": "model"},
+    {"PRECISION_MODE": "4bit", "LIGHTNING_STEPS": "4", "CPU_OFFLOAD": "model"},
+    {"PRECISION_MODE": "8bit", "LIGHTNING_STEPS": "8", "CPU_OFFLOAD": "none"},
     {"PRECISION_MODE": "8bit", "LIGHTNING_STEPS": "4", "CPU_OFFLOAD": "none"},
+    {"PRECISION_MODE": "bf16", "LIGHTNING_STEPS": "8", "CPU_OFFLOAD": "none"},
     {"PRECISION_MODE": "bf16", "LIGHTNING_STEPS": "4", "CPU_OFFLOAD": "none"},
+    {"PRECISION_MODE": "8bit", "LIGHTNING_STEPS": "8", "GPU_MAX_GIB": "24"},
+    {"PRECISION_MODE": "auto", "LIGHTNING_STEPS": "8", "GPU_MAX_GIB": "20"},
+    {"PRECISION_MODE": "auto", "LIGHTNING_STEPS": "8", "GPU_MAX_GIB": "12"},
 )
 _COLUMNS = (
     ("precision", "PRECISION_MODE"),
     ("steps", "LIGHTNING_STEPS"),
     ("offload", "CPU_OFFLOAD"),
+    ("cap GiB", "GPU_MAX_GIB"),
     ("cold start s", "cold_start"),
     ("load VRAM GiB", "load_vram"),
     ("peak VRAM GiB", "peak_vram"),

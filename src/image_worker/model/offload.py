@@ -6,15 +6,12 @@ buffer, moving out is forgetting.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-log = logging.getLogger(__name__)
 
 
 class Placement:
@@ -44,67 +41,68 @@ class Placement:
 
 
 class _HostCopy:
-    """A module's tensors, one after the other in one pinned buffer: moving in is a single copy.
+    """A module's tensors, packed into a few pinned chunks: moving in is one copy per chunk.
 
-    Which attributes of the module refer to which part of the buffer is noted once.
+    Which attributes of the module refer to which part of which chunk is noted once.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._places: list[tuple[Any, str, _Part]] = []
         parts: dict[tuple[int, int], _Part] = {}  # bitsandbytes names some tensors twice
         originals: list[Tensor] = []
-        end = 0
+        ends = [0]
         for owner, name in _attributes(module):
             tensor = getattr(owner, name)
             key = (tensor.data_ptr(), tensor.nbytes)
             if key not in parts:
-                parts[key] = _Part(end, tensor.nbytes, tensor.dtype, tensor.shape)
+                if ends[-1] + tensor.nbytes > _CHUNK:
+                    ends.append(0)
+                start = ends[-1]
+                parts[key] = _Part(len(ends) - 1, start, tensor.nbytes, tensor.dtype, tensor.shape)
                 originals.append(tensor.detach())
-                end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+                ends[-1] = -(-(start + tensor.nbytes) // _ALIGNMENT) * _ALIGNMENT
             self._places.append((owner, name, parts[key]))
-        self._buffer = _pinned(end)
+        self._chunks = [_host_bytes(end) for end in ends]
         for part, tensor in zip(parts.values(), originals, strict=True):
-            part.of(self._buffer).copy_(tensor)
+            part.of(self._chunks).copy_(tensor)
         self.leave()
 
     def enter(self, device: torch.device) -> None:
-        """The module refers to a new copy of the buffer on the device."""
-        self._point_at(self._buffer.to(device, non_blocking=True))
+        """The module refers to a new copy on the device."""
+        self._point_at([chunk.to(device, non_blocking=True) for chunk in self._chunks])
 
     def leave(self) -> None:
-        """The module refers to the buffer on the host; the copy on the device is forgotten."""
-        self._point_at(self._buffer)
+        """The module refers to the host's copy; the one on the device is forgotten."""
+        self._point_at(self._chunks)
 
-    def _point_at(self, buffer: Tensor) -> None:
-        views = {part: part.of(buffer) for part in {part for _, _, part in self._places}}
+    def _point_at(self, chunks: list[Tensor]) -> None:
+        views = {part: part.of(chunks) for part in {part for _, _, part in self._places}}
         for owner, name, part in self._places:
             setattr(owner, name, views[part])
 
 
+# torch rounds pinned memory up to a power of two: one chunk of 11 GiB would take 16.
+_CHUNK = 2**29
+_ALIGNMENT = 512  # as torch's own allocations on the card have it
+
+
 @dataclass(frozen=True)
 class _Part:
-    """Where in the buffer a tensor lies, in bytes, and what it is."""
+    """Where a tensor lies, in bytes of a chunk, and what it is."""
 
+    chunk: int
     start: int
     size: int
     dtype: torch.dtype
     shape: torch.Size
 
-    def of(self, buffer: Tensor) -> Tensor:
-        return buffer[self.start : self.start + self.size].view(self.dtype).view(self.shape)
+    def of(self, chunks: list[Tensor]) -> Tensor:
+        flat = chunks[self.chunk][self.start : self.start + self.size]
+        return flat.view(self.dtype).view(self.shape)
 
 
-_ALIGNMENT = 256  # of CUDA allocations; kernels read 16 bytes at a time
-
-
-def _pinned(size: int) -> Tensor:
-    """Page-locked host bytes, of exactly this size: torch's own pinning rounds up to 2ⁿ."""
-    buffer = torch.empty(size, dtype=torch.uint8)
-    if torch.cuda.is_available():
-        status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
-        if int(status):
-            log.warning("host memory could not be pinned: moving weights will be slower")
-    return buffer
+def _host_bytes(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[Any, str]]:
@@ -113,11 +111,18 @@ def _attributes(module: nn.Module) -> Iterator[tuple[Any, str]]:
         for parameter in owner._parameters.values():
             if parameter is not None:
                 yield parameter, "data"
-                state = getattr(parameter, "quant_state", None)
-                if state is not None:
-                    yield from ((state, "absmax"), (state, "code"))
+                yield from _quantisation_state(getattr(parameter, "quant_state", None))
         for name in owner._buffers:
             yield owner, name
         state = getattr(owner, "state", None)  # of a Linear8bitLt
         if getattr(state, "CB", None) is not None:
             yield from ((state, "CB"), (state, "SCB"))
+
+
+def _quantisation_state(state: Any) -> Iterator[tuple[Any, str]]:
+    """The tensors of a bitsandbytes `QuantState`, and of the one for its scales."""
+    if state is not None:
+        yield from ((state, "absmax"), (state, "code"))
+        if state.offset is not None:
+            yield state, "offset"
+        yield from _quantisation_state(state.state2)

@@ -20,7 +20,7 @@ GIB = 2**30
 # memory above the weights, per image or text token and unit of model width, and per output pixel
 # and unit of the VAE's base width.
 DENOISE_BYTES = {"bf16": 24, "8bit": 41, "4bit": 24}
-DECODE_BYTES = 46
+DECODE_BYTES = 14
 TILED_DECODE_SIDE = 512  # pixels; a tile's working memory is that of a picture of this size
 RESERVE = GIB // 2  # the CUDA libraries' own memory and the allocator's gaps
 

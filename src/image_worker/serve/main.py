@@ -89,6 +89,5 @@ def _set_up_logging(settings: Settings) -> None:
     )
     for noisy in ("httpx", "urllib3", "PIL", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # It warns at every import without an optional CPU kernel, and at every int8 product of its cast
-    # to float16; overflow of that cast is caught where it shows (`BrokenPicture`).
+    # At import it warns of an optional kernel for CPUs that is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -5,6 +5,8 @@ Stored and multiplied by bitsandbytes (Dettmers et al., 2022, LLM.int8()).
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa
     from bitsandbytes.functional import int8_vectorwise_quant
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
+    # It warns at every product of the cast to float16; an overflow is caught where it shows.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     rows, columns = weight.shape
     layer = Linear8bitLt(
         columns,

@@ -1,6 +1,7 @@
-"""NF4: 4-bit values on a normal-quantile grid, in blocks of 64 with one float32 scale each.
+"""NF4: 4-bit values on a normal-quantile grid, in blocks of 64 with one scale each.
 
-Stored and multiplied by bitsandbytes (Dettmers et al., 2023, QLoRA).
+The scales are quantised themselves, to 8 bits in blocks of 256 ("double quantisation"): 0.9 GiB
+less for the transformer. Stored and multiplied by bitsandbytes (Dettmers et al., 2023, QLoRA).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 BLOCK = 64
+SCALE_BLOCK = 256
 
 
 def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:
@@ -21,18 +23,19 @@ def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:
         rows,
         bias=bias,
         compute_dtype=dtype,
-        compress_statistics=False,
+        compress_statistics=True,
         quant_type="nf4",
         device="meta",
     )
     # `.to` quantises a Params4bit that is not quantised yet.
     layer.weight = Params4bit(
-        weight, requires_grad=False, compress_statistics=False, quant_type="nf4", module=layer
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
     ).to(weight.device)
     return layer  # type: ignore[no-any-return]
 
 
 def size(rows: int, columns: int) -> int:
-    """Bytes: half a byte a value and four a block."""
+    """Bytes: half a byte a value, one a block, four a block of blocks."""
     values = rows * columns
-    return values // 2 + 4 * -(-values // BLOCK)
+    blocks = -(-values // BLOCK)
+    return values // 2 + blocks + 4 * -(-blocks // SCALE_BLOCK)

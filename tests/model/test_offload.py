@@ -1,0 +1,52 @@
+"""Packing a module into host chunks and back, on the CPU (the card's part: tests/gpu)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from image_worker.model import offload
+from image_worker.model.formats import FORMATS
+from image_worker.settings import Precision
+
+
+def _module(precision: Precision) -> nn.Module:
+    torch.manual_seed(0)
+    form = FORMATS[precision]
+    if form is None:
+        return nn.Sequential(nn.Linear(256, 512), nn.BatchNorm1d(512).eval())
+    layer = form.encode(torch.randn(512, 256), False, torch.float32)
+    return nn.Sequential(layer)
+
+
+@pytest.mark.parametrize("chunk", [2**29, 4096])
+@pytest.mark.parametrize("precision", ["bf16", "8bit", "4bit"])
+def test_the_module_computes_the_same_from_its_copy(
+    precision: Precision, chunk: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(offload, "_CHUNK", chunk)
+    module = _module(precision)
+    tensors = [getattr(owner, name).clone() for owner, name in offload._attributes(module)]
+    held = offload._HostCopy(module)
+    held.enter(torch.device("cpu"))
+    held.leave()
+    for (owner, name), before in zip(offload._attributes(module), tensors, strict=True):
+        after = getattr(owner, name)
+        assert after.dtype == before.dtype
+        assert torch.equal(after, before)
+        assert after.untyped_storage().data_ptr() in {
+            piece.untyped_storage().data_ptr() for piece in held._chunks
+        }
+    with torch.no_grad():
+        fresh = _module(precision)
+        x = torch.randn(8, 256)
+        assert torch.equal(module(x), fresh(x))
+
+
+def test_the_hidden_tensors_of_both_formats_are_found() -> None:
+    names = {p: {n for _, n in offload._attributes(_module(p))} for p in ("8bit", "4bit")}
+    assert names["8bit"] == {"data", "CB", "SCB"}
+    assert names["4bit"] == {"data", "absmax", "code", "offset"}
