@@ -1,0 +1,63 @@
+"""Prompts that the model cannot read are refused; pictures are packed and unpacked without loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from image_worker.edit import conditions
+from image_worker.edit.sizes import output_size
+from image_worker.errors import InvalidRequest
+from tests.conftest import make_picture, mini_model
+
+
+def test_a_prompt_may_have_1024_tokens_and_no_more() -> None:
+    model = mini_model()
+    conditions.check_prompt(model, " red" * 1024, "prompt")
+    with pytest.raises(InvalidRequest, match="1025 tokens") as caught:
+        conditions.check_prompt(model, " red" * 1025, "prompt")
+    assert caught.value.field == "prompt"
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|endoftext|>"])
+def test_control_tokens_are_refused(token: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        conditions.check_prompt(mini_model(), f"blur {token} it", "negative_prompt")
+    assert token in str(caught.value)
+    assert caught.value.field == "negative_prompt"
+
+
+def test_pictures_reach_the_text_encoder() -> None:
+    model = mini_model()
+    texts = [
+        conditions.encode(model, "blur it", None, [make_picture(seed=seed)]).text
+        for seed in (0, 1)
+    ]
+    assert texts[0].shape == texts[1].shape
+    assert (texts[0] - texts[1]).abs().max() > 1e-3
+
+
+def test_unpack_undoes_pack() -> None:
+    latents = torch.randn(1, 16, 1, 6, 10)
+    assert torch.equal(conditions.unpack(conditions.pack(latents), (1, 3, 5)), latents)
+
+
+def test_no_reference_is_no_tokens() -> None:
+    encoded = conditions.encode(mini_model(), "a red circle", None, [])
+    assert encoded.references.shape == (0, 64)
+    assert encoded.shapes == ()
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "expected"),
+    [
+        (None, None, (1184, 896)),
+        (512, None, (512, 384)),
+        (None, 512, (688, 512)),
+        (640, 640, (640, 640)),
+    ],
+)
+def test_a_side_not_asked_for_follows_the_picture(
+    width: int | None, height: int | None, expected: tuple[int, int]
+) -> None:
+    assert output_size(1024 * 1024, 4 / 3, width, height) == expected

@@ -1,0 +1,117 @@
+"""Where files are looked for, in which order, and what is said when they are not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from image_worker.catalog import CATALOG, HubFile
+from image_worker.errors import ModelUnavailable
+from image_worker.model import files
+from image_worker.settings import Settings
+from tests.conftest import MINI, MINI_FOLDER
+
+ENTRY = CATALOG["edit-2509"]
+
+
+def settings(**variables: Any) -> Settings:
+    return Settings.from_env({name.upper(): str(value) for name, value in variables.items()})
+
+
+def put_in_cache(cache: Path, repo: str, revision: str) -> Path:
+    folder = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / revision
+    shutil.copytree(MINI_FOLDER, folder)
+    return folder
+
+
+def test_a_local_folder_is_used_as_it_is() -> None:
+    assert files.find_model(MINI, settings()) == MINI_FOLDER
+    assert files.find_model(ENTRY, settings(model_id=MINI_FOLDER)) == MINI_FOLDER
+
+
+def test_the_runpod_cache_comes_before_model_dir(tmp_path: Path, monkeypatch: Any) -> None:
+    cache, own = tmp_path / "runpod", tmp_path / "own"
+    monkeypatch.setattr(files, "RUNPOD_CACHE", cache)
+    in_own = put_in_cache(own, ENTRY.repo, ENTRY.revision)
+    found = settings(model_dir=own, local_only=1)
+    assert files.find_model(ENTRY, found) == in_own
+    in_cache = put_in_cache(cache, ENTRY.repo, ENTRY.revision)
+    assert files.find_model(ENTRY, found) == in_cache
+
+
+def test_an_incomplete_cache_is_passed_over(tmp_path: Path, monkeypatch: Any) -> None:
+    cache, own = tmp_path / "runpod", tmp_path / "own"
+    monkeypatch.setattr(files, "RUNPOD_CACHE", cache)
+    partial = put_in_cache(cache, ENTRY.repo, ENTRY.revision)
+    (partial / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    whole = put_in_cache(own, ENTRY.repo, ENTRY.revision)
+    assert files.find_model(ENTRY, settings(model_dir=own, local_only=1)) == whole
+
+
+def test_local_only_never_downloads(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match="LOCAL_ONLY=1"):
+        files.find_model(ENTRY, settings(model_dir=tmp_path, local_only=1))
+    with pytest.raises(ModelUnavailable, match="LOCAL_ONLY=1"):
+        files.find_adapter(ENTRY.lightning[8], settings(model_dir=tmp_path, local_only=1))
+
+
+def test_a_failed_download_is_explained(tmp_path: Path, monkeypatch: Any) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def fail(repo: str, **options: Any) -> str:
+        asked.append(options | {"repo": repo})
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(files, "snapshot_download", fail)
+    with pytest.raises(ModelUnavailable, match="could not be downloaded") as caught:
+        files.find_model(ENTRY, settings(model_dir=tmp_path / "new"))
+    assert ENTRY.repo in str(caught.value)
+    assert asked[-1]["revision"] == ENTRY.revision
+    assert asked[-1]["local_files_only"] is False
+    assert "transformer/*" in asked[-1]["allow_patterns"]
+
+
+def test_a_model_folder_in_model_dir_is_ambiguous(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ModelUnavailable, match="MODEL_ID"):
+        files.find_model(ENTRY, settings(model_dir=tmp_path))
+
+
+def test_another_repo_is_not_asked_for_the_catalogues_commit(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    asked: list[str] = []
+
+    def note(repo: str, *, revision: str, **_: Any) -> str:
+        asked.append(f"{repo}@{revision}")
+        return str(MINI_FOLDER)
+
+    monkeypatch.setattr(files, "snapshot_download", note)
+    files.find_model(ENTRY, settings(model_dir=tmp_path, model_id="me/mine"))
+    files.find_model(ENTRY, settings(model_dir=tmp_path, model_id="me/mine", model_revision="v2"))
+    files.find_model(ENTRY, settings(model_dir=tmp_path, model_revision="v3"))
+    assert asked == ["me/mine@main", "me/mine@v2", f"{ENTRY.repo}@v3"]
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "tokenizer", "scheduler", "processor"])
+def test_a_folder_without_a_part_is_refused(name: str, tmp_path: Path) -> None:
+    shutil.copytree(MINI_FOLDER, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / name)
+    with pytest.raises(ModelUnavailable, match=name):
+        files.find_model(dataclasses.replace(MINI, repo=str(tmp_path)), settings())
+
+
+def test_a_shard_that_the_index_names_must_be_there(tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors.index.json").write_text('{"weight_map": {"a": "m-2.safetensors"}}')
+    with pytest.raises(ModelUnavailable, match=r"m-2\.safetensors missing"):
+        files.weight_files(tmp_path)
+
+
+def test_a_missing_adapter_is_refused() -> None:
+    with pytest.raises(ModelUnavailable, match="is missing"):
+        files.find_adapter(HubFile(str(MINI_FOLDER), "loras/none.safetensors"), settings())

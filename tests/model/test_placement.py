@@ -1,0 +1,81 @@
+"""The plan, at the sizes of the full model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from image_worker.errors import DoesNotFit
+from image_worker.model.placement import GIB, Hardware, Shape, Sizes, plan
+from image_worker.settings import Settings
+
+# As `stored_bytes` finds them for Qwen-Image-Edit-2509, in GiB.
+SIZES: Any = {
+    "bf16": Sizes(int(14.5 * GIB), int(38.1 * GIB), int(0.12 * GIB)),
+    "8bit": Sizes(int(8.4 * GIB), int(19.2 * GIB), int(0.12 * GIB)),
+    "4bit": Sizes(int(5.5 * GIB), int(9.9 * GIB), int(0.12 * GIB)),
+}
+SHAPE = Shape(width=3072, vae_base=96, tokens=8448, pixels=1024 * 1024)
+
+
+def decide(free: float | None, **variables: str) -> Any:
+    settings = Settings.from_env({name.upper(): value for name, value in variables.items()})
+    hardware = Hardware("card", None if free is None else int(free * GIB))
+    return plan(settings, SIZES, SHAPE, hardware)
+
+
+@pytest.mark.parametrize(
+    ("free", "precision", "offload"),
+    [
+        (139, "bf16", "none"),
+        (79, "bf16", "none"),
+        (47, "4bit", "none"),
+        (23, "4bit", "none"),
+        (15, "4bit", "model"),
+        (11.5, "4bit", "model"),
+    ],
+)
+def test_auto_by_free_memory(free: float, precision: str, offload: str) -> None:
+    found = decide(free)
+    assert (found.precision, found.offload) == (precision, offload)
+    assert found.peak <= free * GIB
+
+
+def test_an_explicit_precision_is_kept() -> None:
+    assert decide(139, precision_mode="4bit").precision == "4bit"
+    assert decide(23, precision_mode="8bit").offload == "model"
+    assert decide(47, precision_mode="8bit").offload == "none"
+
+
+def test_explicit_offload_is_kept() -> None:
+    assert decide(139, cpu_offload="model").offload == "model"
+    with pytest.raises(DoesNotFit):
+        decide(12, cpu_offload="none")
+
+
+def test_the_older_name_for_offload() -> None:
+    found = decide(139, int8_cpu_offload="1")
+    assert (found.precision, found.offload) == ("8bit", "model")
+
+
+def test_what_does_not_fit_is_explained() -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        decide(8)
+    message = str(caught.value)
+    assert "8.0 GiB are free on card" in message
+    assert "4bit with CPU_OFFLOAD=model takes" in message
+
+
+def test_room_decides_how_much_shares_a_forward_and_when_to_tile() -> None:
+    small, large = decide(23), decide(139, precision_mode="4bit")
+    assert SHAPE.tokens <= small.max_tokens < large.max_tokens
+    assert SHAPE.pixels <= small.max_pixels < large.max_pixels
+    tight = decide(11.5)
+    assert tight.max_tokens >= SHAPE.tokens, "one row must always be possible"
+
+
+def test_the_cpu_has_no_limits() -> None:
+    found = decide(None)
+    assert (found.precision, found.offload) == ("bf16", "none")
+    assert found.max_tokens is None and found.max_pixels is None

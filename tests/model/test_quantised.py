@@ -1,0 +1,117 @@
+"""4-bit and 8-bit weights on the CPU, through bitsandbytes: bytes, pictures, and the LoRA in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import Tensor, nn
+
+from image_worker.edit import conditions
+from image_worker.edit.decode import decode
+from image_worker.edit.denoise import denoise, start
+from image_worker.model.build import Model
+from image_worker.model.formats import FORMATS
+from image_worker.model.lora import Lora
+from tests.conftest import MINI, MINI_FOLDER, build_mini, make_picture, mini_model
+from tests.pictures import psnr
+
+
+def stored(layer: Any) -> Tensor:
+    """The weight that a quantised layer stands for, float32."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        state = layer.weight.quant_state
+        return bnb.functional.dequantize_4bit(layer.weight.data, state).float()
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return layer.state.CB.float() * layer.state.SCB[:, None] / 127
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.float()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "8bit", "4bit"])
+def test_the_lora_survives(precision: str) -> None:
+    """Merged before quantising: its projection on what quantised weights changed by is whole."""
+    lora = Lora.read(MINI_FOLDER / MINI.lightning[8].path)
+    # Built afresh: on some processors a 4-bit layer is repacked at its first forward.
+    found, base = (
+        build_mini(torch.bfloat16, precision_mode=precision, use_lightning_lora=flag)
+        for flag in ("1", "0")
+    )
+    along, length = 0.0, 0.0
+    for name, pair in lora.pairs.items():
+        delta = pair.scale * (pair.up.float() @ pair.down.float())
+        layers = (model.transformer.get_submodule(name) for model in (found, base))
+        after, before = (stored(layer) for layer in layers)
+        along += ((after - before) * delta).sum().item()
+        length += (delta * delta).sum().item()
+    assert len(lora.pairs) == 12 * 7
+    assert 0.95 <= along / length <= 1.05
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
+def test_what_is_quantised(precision: str, kind: str) -> None:
+    model = mini_model(torch.bfloat16, precision_mode=precision)
+    linear = {
+        name: type(module).__name__
+        for name, module in model.transformer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    kept = {name for name, found in linear.items() if found == "Linear"}
+    assert "transformer_blocks.0.img_mod.1" in kept
+    assert {name for name in kept if name.startswith("transformer_blocks.")} == {
+        "transformer_blocks.0.img_mod.1"
+    }
+    assert linear["transformer_blocks.1.img_mod.1"] == kind
+    assert type(model.text_encoder.language_model.layers[0].mlp.up_proj).__name__ == kind
+    assert type(model.text_encoder.visual.blocks[0].mlp.up_proj).__name__ == "Linear"
+
+
+def test_quantize_components_text_leaves_the_transformer_alone() -> None:
+    model = build_mini(torch.bfloat16, precision_mode="4bit", quantize_components="text")
+    assert type(model.transformer.transformer_blocks[1].attn.to_q).__name__ == "Linear"
+    layer = model.text_encoder.language_model.layers[0].mlp.up_proj
+    assert type(layer).__name__ == "Linear4bit"
+
+
+@pytest.mark.parametrize(("precision", "least"), [("8bit", 30.0), ("4bit", 20.0)])
+def test_the_picture_stays_near_bf16s(precision: str, least: float) -> None:
+    def edit(model: Model) -> Any:
+        encoded = conditions.encode(model, "make it blue", None, [make_picture()])
+        picture = start(
+            model, encoded, width=128, height=128, seed=1, steps=8, cfg_scale=1.0
+        )
+        denoise(model, [picture])
+        return decode(model, picture)
+
+    exact = edit(mini_model(torch.bfloat16))
+    assert psnr(edit(mini_model(torch.bfloat16, precision_mode=precision)), exact) >= least
+
+
+def test_nf4_is_bitsandbytes_own() -> None:
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    form = FORMATS["4bit"]
+    assert form is not None
+    ours: Any = form.encode(weight.clone(), False, torch.bfloat16)
+    theirs = bnb.nn.LinearNF4(128, 96, bias=False, compute_dtype=torch.bfloat16)
+    theirs = theirs.to(torch.bfloat16)
+    theirs.load_state_dict({"weight": weight})
+    theirs = theirs.to("cpu")
+    assert torch.equal(ours.weight.data, theirs.weight.data)
+    assert torch.equal(stored(ours), stored(theirs))
+
+
+@pytest.mark.parametrize("precision", ["8bit", "4bit"])
+def test_the_forecast_of_a_layers_bytes_is_right(precision: Any) -> None:
+    from image_worker.model.offload import _attributes
+
+    form = FORMATS[precision]
+    assert form is not None
+    layer = form.encode(torch.randn(1024, 512).bfloat16(), False, torch.bfloat16)
+    unique = {
+        getattr(owner, name).data_ptr(): getattr(owner, name).nbytes
+        for owner, name in _attributes(layer)
+    }
+    # Beside the weights, NF4 keeps two tables of code values, 1 KiB and less.
+    assert 0 <= sum(unique.values()) - form.size(1024, 512) <= 1200
