@@ -83,6 +83,8 @@ def decode(data: bytes) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except InvalidImage:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, met before ours
+        raise InvalidImage(f"the picture has over {MAX_PIXELS // 10**6} million pixels") from error
     except Exception as error:  # noqa: BLE001 (Pillow raises nearly anything on hostile files)
         raise InvalidImage(
             f"the picture cannot be read; accepted are {', '.join(_FORMATS)}, complete and undamaged"
