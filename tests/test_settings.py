@@ -1,4 +1,4 @@
-"""The environment is read once, through a mapping, and a bad value is named with what is allowed."""
+"""The environment is read once, through a mapping; a bad value is named with what is allowed."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     ├── CallerError                the job is wrong; the next job is fine
     │   ├── InvalidRequest         a field is missing, misspelt, of the wrong type or out of range
     │   ├── InvalidImage           the bytes are no picture that this worker accepts
-    │   └── ImageUnavailable       the URL could not be fetched                        (may be retried)
+    │   └── ImageUnavailable       the URL could not be fetched (may be retried)
     ├── OperatorError              the deployment is wrong; raised before the first job is taken
     │   ├── InvalidSettings        an environment variable has a value that is not allowed
     │   ├── ModelUnavailable       files are missing and may not, or cannot, be downloaded
@@ -13,7 +13,7 @@
     └── EngineError                the worker failed a job that was right
         ├── OutOfMemory            this job needs more memory than the card has left
         ├── BrokenPicture          the model produced numbers that are no picture (NaN or infinity)
-        └── InternalError          anything unforeseen; details are in the log only     (may be retried)
+        └── InternalError          anything unforeseen; details are in the log only (may be retried)
 
 Third-party errors are translated once, where they enter; what no one foresaw becomes an
 `InternalError` in `worker.py`, the one catch-all.
@@ -31,7 +31,7 @@ class _ErrorFields(TypedDict):
 
 
 class ErrorReply(_ErrorFields, total=False):
-    """What a caller is told about an error. `field` names the request's field at fault, if one is."""
+    """What a caller is told about an error. `field` names the field at fault, if one is."""
 
     field: str
 

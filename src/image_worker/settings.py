@@ -91,7 +91,9 @@ class Settings(BaseSettings):
             InvalidSettings: names every bad variable, its value and what is allowed.
         """
         values = {
-            name: env[name.upper()] for name in cls.model_fields if env.get(name.upper(), "").strip()
+            name: env[name.upper()]
+            for name in cls.model_fields
+            if env.get(name.upper(), "").strip()
         }
         try:
             settings = cls.model_validate(values)
@@ -105,7 +107,9 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],  # noqa: ARG003
         init_settings: PydanticBaseSettingsSource,
-        **_: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what is passed in: `from_env` is the one place that knows the environment."""
         return (init_settings,)

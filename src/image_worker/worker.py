@@ -140,7 +140,7 @@ class Worker:
         for name, side in (("width", width), ("height", height)):
             if not self.entry.min_side <= side <= self.entry.max_side:
                 raise InvalidRequest(
-                    f"the last picture's shape asks for a {width}×{height} result, and sides must "
+                    f"the last picture's shape asks for a {width}x{height} result, and sides must "
                     f"be {self.entry.min_side} to {self.entry.max_side}; give width and height",
                     field=name,
                 )
@@ -202,7 +202,7 @@ def _memory_errors(width: int, height: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise OutOfMemory(
-            f"{width}×{height} with these pictures needs more memory than the card has left; "
+            f"{width}x{height} with these pictures needs more memory than the card has left; "
             "use a smaller size, fewer pictures, or num_images 1"
         ) from error
 

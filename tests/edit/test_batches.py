@@ -42,9 +42,7 @@ def make(model: Any, number: int) -> Picture:
 @pytest.mark.parametrize("max_tokens", [None, 500, 1])
 def test_four_different_jobs_equal_each_alone(max_tokens: int | None) -> None:
     model = mini_model(torch.float32)
-    model = dataclasses.replace(
-        model, plan=dataclasses.replace(model.plan, max_tokens=max_tokens)
-    )
+    model = dataclasses.replace(model, plan=dataclasses.replace(model.plan, max_tokens=max_tokens))
     together = [make(model, number) for number in range(4)]
     denoise(model, together)
     for number, picture in enumerate(together):

@@ -30,8 +30,7 @@ def test_control_tokens_are_refused(token: str) -> None:
 def test_pictures_reach_the_text_encoder() -> None:
     model = mini_model()
     texts = [
-        conditions.encode(model, "blur it", None, [make_picture(seed=seed)]).text
-        for seed in (0, 1)
+        conditions.encode(model, "blur it", None, [make_picture(seed=seed)]).text for seed in (0, 1)
     ]
     assert texts[0].shape == texts[1].shape
     assert (texts[0] - texts[1]).abs().max() > 1e-3

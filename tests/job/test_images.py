@@ -37,7 +37,9 @@ def bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    body = (
+        chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    )
     return b"\x89PNG\r\n\x1a\n" + body
 
 
@@ -187,7 +189,7 @@ def test_a_fetch_that_fails(
 
 def test_a_slow_drip_ends_at_the_deadline(server: str, trusting: None) -> None:
     before = threading.active_count()
-    with pytest.raises(ImageUnavailable, match="too slow|within"):
+    with pytest.raises(ImageUnavailable, match=r"too slow|within"):
         images.fetch(f"{server}/drip", seconds=0.3)
     for _ in range(100):
         if threading.active_count() <= before + 1:  # the server's own thread may linger

@@ -123,7 +123,10 @@ def test_the_first_edit_model_takes_one() -> None:
 
 def test_each_picture_has_its_seed() -> None:
     assert EditRequest.parse(GOOD | {"seed": 5, "num_images": 3}, EDIT).seeds == [5, 6, 7]
-    assert EditRequest.parse(GOOD | {"seed": MAX_SEED, "num_images": 2}, EDIT).seeds == [MAX_SEED, 0]
+    assert EditRequest.parse(GOOD | {"seed": MAX_SEED, "num_images": 2}, EDIT).seeds == [
+        MAX_SEED,
+        0,
+    ]
 
 
 def test_the_log_holds_no_prompt_and_no_picture() -> None:

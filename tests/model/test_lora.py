@@ -134,7 +134,9 @@ def test_a_damaged_lightning_file_stops_the_cold_start(tmp_path: Path) -> None:
 
     tensors = load_file(LIGHTNING)
     name = "transformer_blocks.3.attn.to_q"
-    renamed = {key.replace(name, "transformer_blocks.33.attn.to_q"): t for key, t in tensors.items()}
+    renamed = {
+        key.replace(name, "transformer_blocks.33.attn.to_q"): t for key, t in tensors.items()
+    }
     write(tmp_path, renamed)
     file = HubFile(str(tmp_path), "some-lora.safetensors")
     entry = dataclasses.replace(MINI, lightning={8: file})

@@ -43,7 +43,7 @@ def test_equals_stock(pair: Any, size: tuple[int, int]) -> None:
 
 @torch.no_grad()
 def test_tiles_equal_stocks_tiles(pair: Any) -> None:
-    stock, ours = pair
+    _, ours = pair
     latents = torch.randn(1, 16, 1, 24, 24)
     for vae in pair:
         vae.enable_tiling(96, 96, 64, 64)

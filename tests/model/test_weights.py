@@ -27,7 +27,11 @@ def net() -> nn.Sequential:
 def tensors() -> dict[str, Tensor]:
     torch.manual_seed(0)
     with torch.no_grad():
-        return dict(nn.Sequential(nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 4, bias=False)).state_dict())
+        return dict(
+            nn.Sequential(
+                nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 4, bias=False)
+            ).state_dict()
+        )
 
 
 def write(folder: Path, *shards: dict[str, Tensor]) -> list[Path]:
@@ -82,7 +86,9 @@ def test_what_does_not_fit_is_refused(
 def test_the_forecast_of_bytes(precision: str, tmp_path: Path) -> None:
     files = write(tmp_path, tensors())
     storage = weights.Storage(
-        torch.bfloat16, FORMATS[precision], lambda name: name == "0"  # type: ignore[index]
+        torch.bfloat16,
+        FORMATS[precision],
+        lambda name: name == "0",  # type: ignore[index]
     )
     others = 2 * (32 + 32 + 32 + 4 * 32)
     own = {"bf16": 2 * 64 * 32, "8bit": 64 * 32 + 4 * 32, "4bit": 32 * 32 + 32 + 4}[precision]

@@ -7,6 +7,8 @@ number must hold for this vocabulary as it does for Qwen's.
 
 from __future__ import annotations
 
+import json
+
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import Qwen2Tokenizer
@@ -25,18 +27,19 @@ SPECIAL = (
 )
 
 WORDS = """
-red green blue yellow orange purple pink cyan magenta brown black white gray grey gold silver teal
-navy lime olive circle circles square squares triangle triangles star stars heart ring cross diamond
-hexagon pentagon ellipse oval rectangle moon arrow shape shapes object objects thing background sky
-picture image scene colour color colours colors gradient texture pattern outline edge border corner
-make turn change recolour recolor paint colour fill replace swap exchange switch remove delete erase
-take away get rid add put place draw insert move shift slide push enlarge grow shrink scale bigger
-larger smaller double half invert mirror flip blur sharpen brighten darken brighter darker lighter
-dim grayscale greyscale monochrome negative horizontally vertically outlined everything every all
-the a an of in on to from into with and by at it its is this that one two three other both between
-left right top bottom middle centre center upper lower above below near side up down please now
-second first reference use like same shown keep rest look style so has have be as instead big small
-""".split()
+red green blue yellow orange purple pink cyan magenta brown black white gray grey gold silver
+teal navy lime olive circle circles square squares triangle triangles star stars heart ring
+cross diamond hexagon pentagon ellipse oval rectangle moon arrow shape shapes object objects
+thing background sky picture image scene colour color colours colors gradient texture pattern
+outline edge border corner make turn change recolour recolor paint fill replace swap exchange
+switch remove delete erase take away get rid add put place draw insert move shift slide push
+enlarge grow shrink scale bigger larger smaller double half invert mirror flip blur sharpen
+brighten darken brighter darker lighter dim grayscale greyscale monochrome negative horizontally
+vertically outlined everything every all the a an of in on to from into with and by at it its is
+this that one two three other both between left right top bottom middle centre center upper
+lower above below near side up down please now second first reference use like same shown keep
+rest look style so has have be as instead big small
+"""
 
 
 def build() -> Qwen2Tokenizer:
@@ -58,7 +61,9 @@ def build() -> Qwen2Tokenizer:
         show_progress=False,
     )
     templates = [EDIT_PLUS.render("", 4), TEXT_TO_IMAGE.render("", 0)]
-    corpus = templates * 1000 + [f" {word}" for word in WORDS] * 10 + [w.title() for w in WORDS]
+    words = WORDS.split()
+    corpus = templates * 1000 + [f" {word}" for word in words] * 10
+    corpus += [word.title() for word in words]
     tokenizer.train_from_iterator(corpus, trainer)
     model = tokenizer.get_vocab()
     merges = _merges(tokenizer)
@@ -72,6 +77,4 @@ def build() -> Qwen2Tokenizer:
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]

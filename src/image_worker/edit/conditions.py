@@ -1,4 +1,4 @@
-"""What a picture is made from: the prompt as the text encoder reads it, the references as latents."""
+"""What a picture is made from: the prompt as the text encoder reads it, references as latents."""
 
 from __future__ import annotations
 
@@ -77,9 +77,7 @@ def check_prompt(model: Model, prompt: str, field: str) -> None:
         raise InvalidRequest(f"the control token {token} is not allowed here", field=field)
 
 
-def _resize(
-    model: Model, images: Sequence[Image.Image]
-) -> tuple[list[Image.Image], list[Tensor]]:
+def _resize(model: Model, images: Sequence[Image.Image]) -> tuple[list[Image.Image], list[Tensor]]:
     """What the text encoder sees, and pixels for the VAE: (1, 3, 1, height, width) in [-1, 1]."""
     processor = VaeImageProcessor(vae_scale_factor=sizes.TOKEN)
     seen, drawn = [], []
@@ -136,7 +134,7 @@ def _encode_picture(model: Model, pixels: Tensor) -> Tensor:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(1, channels, 1, rows, columns) to (rows/2 · columns/2, 4 · channels): 2×2 patches as tokens."""
+    """(1, channels, 1, rows, columns) to (rows/2 · columns/2, 4 · channels): 2×2 patches."""
     _, channels, _, rows, columns = latents.shape
     patches = latents.view(channels, rows // 2, 2, columns // 2, 2)
     return patches.permute(1, 3, 0, 2, 4).reshape(rows // 2 * columns // 2, 4 * channels)

@@ -97,7 +97,8 @@ def _step(model: Model, pictures: list[Picture]) -> None:
     """One Euler step of each picture. Rows with and without the prompt share a forward."""
     rows = [row for picture in pictures for row in _rows(picture)]
     outputs = (
-        output for share in _shares(rows, model.plan.max_tokens)
+        output
+        for share in _shares(rows, model.plan.max_tokens)
         for output in velocities(model.transformer, share)
     )
     for picture in pictures:
@@ -105,7 +106,10 @@ def _step(model: Model, pictures: list[Picture]) -> None:
         if picture.cfg_scale > 1:
             velocity = guide(velocity, next(outputs), picture.cfg_scale)
         picture.latents = euler_step(
-            picture.latents, velocity, picture.levels[picture.step], picture.levels[picture.step + 1]
+            picture.latents,
+            velocity,
+            picture.levels[picture.step],
+            picture.levels[picture.step + 1],
         )
         picture.step += 1
 
@@ -151,4 +155,5 @@ def guide(with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
     """
     combined = without + scale * (with_prompt - without)
     length = torch.norm(with_prompt, dim=-1, keepdim=True)
-    return combined * (length / torch.norm(combined, dim=-1, keepdim=True))
+    rescaled: Tensor = combined * (length / torch.norm(combined, dim=-1, keepdim=True))
+    return rescaled

@@ -14,8 +14,8 @@ def sigmas(sampler: Sampler, steps: int, target_tokens: int) -> list[float]:
     """`steps` noise levels from 1 downwards, and the final 0: `steps` + 1 numbers in [0, 1].
 
     sigma' = e^mu / (e^mu + 1/sigma - 1), mu linear in the token count (Esser et al., 2024,
-    section 5.3.2), then stretched so that the last level before 0 is `sampler.terminal`. Computed in
-    float32 in the order of diffusers' `FlowMatchEulerDiscreteScheduler`.
+    section 5.3.2), then stretched so that the last level before 0 is `sampler.terminal`. Computed
+    in float32 in the order of diffusers' `FlowMatchEulerDiscreteScheduler`.
 
     Raises:
         InvalidRequest: one step with a terminal level, which leaves nothing to stretch.

@@ -22,9 +22,7 @@ def fit_area(area: int, ratio: float) -> tuple[int, int]:
     return round(width / _GRID) * _GRID, round(height / _GRID) * _GRID
 
 
-def output_size(
-    area: int, ratio: float, width: int | None, height: int | None
-) -> tuple[int, int]:
+def output_size(area: int, ratio: float, width: int | None, height: int | None) -> tuple[int, int]:
     """(width, height) of the result: as asked; a side that was not asked for follows the ratio."""
     if width and height:
         return width, height

@@ -147,7 +147,9 @@ def _translate(error: ValidationError) -> InvalidRequest:
         if problem["type"] == "extra_forbidden":
             reason = "there is no such field"
         problems.setdefault(field, reason)
-    message = "; ".join(f"{field}: {reason}" if field else reason for field, reason in problems.items())
+    message = "; ".join(
+        f"{field}: {reason}" if field else reason for field, reason in problems.items()
+    )
     return InvalidRequest(message[:2000], field=next(iter(problems)) or None)
 
 

@@ -1,6 +1,6 @@
 """The path of a model, walked once at cold start: from settings to a model that is ready to edit.
 
-    files → plan → text encoder → transformer (+ Lightning LoRA, merged) → VAE → sampler
+files → plan → text encoder → transformer (+ Lightning LoRA, merged) → VAE → sampler
 """
 
 from __future__ import annotations

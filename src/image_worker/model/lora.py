@@ -40,7 +40,7 @@ class LoraPair:
     scale: float
 
     def add_to(self, weight: Tensor) -> Tensor:
-        """The changed weight, (out_features, in_features), summed in float32, in `weight`'s type."""
+        """The changed weight, (out_features, in_features), in `weight`'s type."""
         up, down = (part.to(weight.device, torch.float32) for part in (self.up, self.down))
         return torch.addmm(weight.float(), up, down, alpha=self.scale).to(weight.dtype)
 
@@ -91,7 +91,7 @@ class Lora:
             )
 
     def merge(self, module: str, weight: Tensor) -> Tensor:
-        """`weight` with this module's change added, in `weight`'s type; unchanged if it has none."""
+        """`weight` with this module's change added; `weight` itself if it has none."""
         pair = self.pairs.get(module)
         if pair is None:
             return weight

@@ -93,9 +93,10 @@ def _pack(transformer: Any, rows: Sequence[Row]) -> _Packed:
 
 
 def _valid(lengths: list[int], device: torch.device) -> Tensor:
-    return torch.arange(max(lengths), device=device)[None] < torch.tensor(lengths, device=device)[
-        :, None
-    ]
+    return (
+        torch.arange(max(lengths), device=device)[None]
+        < torch.tensor(lengths, device=device)[:, None]
+    )
 
 
 def _pad(tensors: list[Tensor]) -> Tensor:
@@ -149,7 +150,7 @@ def _attention(attn: Any, image: Tensor, text: Tensor, rows: _Packed) -> tuple[T
     """Joint attention over [text, image]: (B, S, width) and (B, T, width) in and out."""
 
     def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (attn.heads, -1))
+        return x.view(*x.shape[:-1], attn.heads, -1)
 
     image_q = _rotate(attn.norm_q(heads(attn.to_q(image))), rows.image_rope)
     image_k = _rotate(attn.norm_k(heads(attn.to_k(image))), rows.image_rope)
@@ -161,11 +162,11 @@ def _attention(attn: Any, image: Tensor, text: Tensor, rows: _Packed) -> tuple[T
 
     mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask)
     mixed = mixed.transpose(1, 2).flatten(2)
-    text_out, image_out = mixed.split([text.shape[1], image.shape[1]], dim=1)
+    text_out, image_out = mixed[:, : text.shape[1]], mixed[:, text.shape[1] :]
     return attn.to_out[0](image_out.contiguous()), attn.to_add_out(text_out.contiguous())
 
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding on adjacent pairs, in float32. x (B, S, heads, 2D), rope complex (B, S, D)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    """Rotates adjacent pairs, in float32. x (B, S, heads, 2D), rope complex (B, S, D)."""
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rope[:, :, None]).flatten(3).type_as(x)

@@ -23,7 +23,7 @@ class PictureVae(AutoencoderKLQwenImage):  # type: ignore[misc]
     """diffusers' class for single frames: no cache of earlier frames. Call `fold` after loading."""
 
     def clear_cache(self) -> None:
-        """Called before every picture or tile. Without a cache, layers take their one-frame path."""
+        """Called before every picture or tile. Without a cache, layers take one frame."""
         self._feat_map = self._enc_feat_map = None
 
     def fold(self) -> None:

@@ -18,8 +18,10 @@ def main() -> int:
     settings = Settings.from_env()
     if not settings.standalone_mode:
         return 0
+    everywhere = settings.api_host in ("0.0.0.0", "::")
+    host = "127.0.0.1" if everywhere else settings.api_host
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{settings.api_port}/docs", timeout=5):
+        with urllib.request.urlopen(f"http://{host}:{settings.api_port}/docs", timeout=5):
             return 0
     except (urllib.error.URLError, OSError) as error:
         sys.stderr.write(f"the standalone server does not answer: {error}\n")

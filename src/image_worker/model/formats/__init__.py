@@ -1,4 +1,4 @@
-"""Weight formats, one file each: how a linear layer's weight is stored, and how many bytes it takes.
+"""Weight formats, one file each: how a linear layer's weight is stored, and in how many bytes.
 
 A format's `encode` turns a full-precision weight into the layer that takes its place.
 """

@@ -1,0 +1,52 @@
+# The commands that people and CI use. `make run` and `make test` need Python 3.11 or later and the
+# package registry, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CODE := src tests tools handler.py
+
+.PHONY: run test check format test-gpu bench miniature image clean
+
+run: $(VENV)/run.stamp  ## set up, and edit one picture (on the miniature where there is no GPU)
+	$(BIN)/python handler.py --test_input "$$(cat test_input.json)"
+
+test: $(VENV)/dev.stamp  ## every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(VENV)/dev.stamp  ## formatting, lint, types, Dockerfile, shell scripts
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck build.sh tools/*.sh .ci/run
+
+format: $(VENV)/dev.stamp  ## rewrite the code as `make check` wants it
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+test-gpu: $(VENV)/dev.stamp  ## the tests that need a CUDA card (full size: 80 GB of it)
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+bench: $(VENV)/dev.stamp  ## cold start, memory and speed at full size, on a CUDA card
+	$(BIN)/python -m image_worker.bench.full_size bench-checkpoint
+
+miniature: $(VENV)/dev.stamp  ## build the embedded miniature again from its seed
+	$(BIN)/python -m tools.miniature.build src/image_worker/miniature
+
+image:  ## the linux/amd64 container
+	./build.sh
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) generated-images .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(VENV)/run.stamp: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.txt
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@
