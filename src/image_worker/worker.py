@@ -17,7 +17,7 @@ from image_worker.catalog import ModelEntry, choose
 from image_worker.edit import conditions, sizes
 from image_worker.edit.decode import decode
 from image_worker.edit.denoise import Progress, denoise, start
-from image_worker.errors import InternalError, InvalidRequest, OutOfMemory, WorkerError
+from image_worker.errors import DoesNotFit, InternalError, InvalidRequest, OutOfMemory, WorkerError
 from image_worker.job.images import load_images
 from image_worker.job.request import EditRequest, summary
 from image_worker.job.response import encode_image, failure, success
@@ -50,7 +50,13 @@ class Worker:
             log.info("MODEL=auto: serving %s on %s", entry.name, hardware.name)
         model = build(settings, entry, hardware)
         with model.cold_start.step("first edit"):
-            warm_up(model)
+            try:
+                warm_up(model)
+            except torch.OutOfMemoryError as error:
+                raise DoesNotFit(
+                    "the model loads, but leaves no memory for an edit; "
+                    "choose a smaller PRECISION_MODE or CPU_OFFLOAD=model"
+                ) from error
         model.cold_start.finish()
         return cls(settings, model)
 

@@ -5,6 +5,7 @@ files → plan → text encoder → transformer (+ Lightning LoRA, merged) → V
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import resource
@@ -41,29 +42,32 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the cold start."""
+    """One step of the cold start; `gib` of weights kept, for steps that load some."""
 
     name: str
     seconds: float
+    gib: float | None = None
 
 
 @dataclass
 class ColdStart:
-    """What the cold start took: seconds per step, and peak memory in GiB once it was over."""
+    """What the cold start took: its steps, and peak memory in GiB once it was over."""
 
     steps: list[Step] = field(default_factory=list)
     peak_vram_gib: float | None = None
     peak_host_gib: float | None = None
 
     @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Times and logs one step."""
+    def step(self, name: str, size: int | None = None) -> Iterator[None]:
+        """Times and logs one step, which keeps `size` bytes of weights."""
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.steps.append(Step(name, round(time.perf_counter() - start, 3)))
-        log.info("cold start: %s in %.2f s (%s)", name, self.steps[-1].seconds, memory_line())
+        gib = None if size is None else round(size / GIB, 3)
+        self.steps.append(Step(name, round(time.perf_counter() - start, 3), gib))
+        what = name if gib is None else f"{name} ({gib:.2f} GiB)"
+        log.info("cold start: %s in %.2f s; %s", what, self.steps[-1].seconds, memory_line())
 
     def finish(self) -> None:
         """Notes the peaks."""
@@ -119,15 +123,27 @@ def build(
     shape = _shape(entry, configs)
     decided = plan(settings, sizes, shape, hardware)
     log.info("plan: %s on %s: %s", entry.name, hardware.name, decided.describe())
+
+    def load(decided: Plan) -> Model:
+        bytes_kept = sizes[decided.precision]
+        return _load(
+            settings, entry, hardware, folder, decided, bytes_kept, lora, dtype, cold_start
+        )
+
     try:
-        model = _load(settings, entry, hardware, folder, decided, lora, dtype, cold_start)
+        try:
+            return load(decided)
+        except torch.OutOfMemoryError:
+            if settings.cpu_offload != "auto" or decided.offload == "model":
+                raise
+            log.warning("%s does not fit after all: trying again with CPU offload", entry.name)
+        torch.cuda.empty_cache()
+        return load(dataclasses.replace(decided, offload="model"))
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
-            f"the card ran out of memory while loading at {decided.precision} with "
-            f"CPU_OFFLOAD={decided.offload}; choose a smaller PRECISION_MODE or CPU_OFFLOAD=model"
+            f"the card ran out of memory while loading at {decided.precision}; "
+            "choose a smaller PRECISION_MODE or CPU_OFFLOAD=model, or free the card"
         ) from error
-    cold_start.finish()
-    return model
 
 
 def _load(
@@ -136,6 +152,7 @@ def _load(
     hardware: Hardware,
     folder: Path,
     decided: Plan,
+    sizes: Sizes,
     lora: Lora | None,
     dtype: torch.dtype,
     cold_start: ColdStart,
@@ -144,7 +161,7 @@ def _load(
     placement = Placement(device, offload=decided.offload == "model")
 
     def load(name: str, module: nn.Module, **options: Any) -> nn.Module:
-        with cold_start.step(f"load {name}"):
+        with cold_start.step(f"load {name}", getattr(sizes, name)):
             storage = _storage(name, decided.precision, settings, dtype)
             found = files.weight_files(folder / name)
             weights.load(module, found, storage, device, label=name, **options)

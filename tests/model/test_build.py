@@ -1,0 +1,120 @@
+"""The cold start: what settings choose, and what happens where the card is smaller than planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from image_worker.catalog import LIGHTNING_SAMPLER
+from image_worker.errors import DoesNotFit, InvalidSettings, ModelMismatch
+from image_worker.model import build as build_module
+from image_worker.model.build import _compute_dtype, build
+from image_worker.model.placement import GIB, Hardware
+from image_worker.settings import Settings
+from tests.conftest import MINI, MINI_FOLDER, build_mini, mini_model
+
+
+def test_lightning_decides_sampler_and_steps() -> None:
+    with_it, without = mini_model(), mini_model(use_lightning_lora="0")
+    assert (with_it.sampler, with_it.steps) == (LIGHTNING_SAMPLER, 8)
+    assert without.sampler.terminal == 0.02
+    assert without.steps == MINI.steps
+    four = build_mini(lightning_steps="4")
+    assert four.steps == 4
+    weights = [m.transformer.transformer_blocks[0].attn.to_q.weight for m in (with_it, four)]
+    assert not torch.equal(*weights), "each step count has its own LoRA"
+
+
+def test_a_model_without_that_lightning_is_refused() -> None:
+    entry = dataclasses.replace(MINI, lightning={})
+    with pytest.raises(InvalidSettings, match="USE_LIGHTNING_LORA=0"):
+        build_mini(torch.bfloat16, entry)
+
+
+@pytest.mark.parametrize(
+    ("env", "has_bf16", "dtype", "warns"),
+    [
+        ({}, True, torch.bfloat16, False),
+        ({"BNB_COMPUTE": "fp16"}, True, torch.float16, False),
+        ({}, False, torch.float16, True),
+    ],
+)
+def test_the_type_to_compute_in(
+    env: dict[str, str], has_bf16: bool, dtype: torch.dtype, warns: bool, caplog: Any
+) -> None:
+    hardware = Hardware("an old card", GIB, has_bf16)
+    assert _compute_dtype(Settings.from_env(env), hardware) == dtype
+    assert ("an old card has no bfloat16" in caplog.text) is warns
+
+
+def test_fp16_runs() -> None:
+    from image_worker.worker import Worker
+    from tests.worker_jobs import job
+
+    worker = Worker.from_settings(Settings.from_env({"MODEL": "mini", "BNB_COMPUTE": "fp16"}))
+    assert worker.model.dtype == torch.float16
+    assert "images" in worker.run(job())
+
+
+def _fail_to_load(monkeypatch: Any, times: int) -> list[str]:
+    """Makes the first loads run out of memory; notes how each was planned."""
+    stock, offloads = build_module._load, []
+
+    def load(*arguments: Any) -> Any:
+        decided = next(a for a in arguments if isinstance(a, build_module.Plan))
+        offloads.append(decided.offload)
+        if len(offloads) <= times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stock(*arguments)
+
+    monkeypatch.setattr(build_module, "_load", load)
+    return offloads
+
+
+def test_what_does_not_fit_is_tried_again_with_offload(monkeypatch: Any, caplog: Any) -> None:
+    offloads = _fail_to_load(monkeypatch, 1)
+    with caplog.at_level(logging.WARNING):
+        model = build_mini(torch.bfloat16, precision_mode="8bit")
+    assert offloads == ["none", "model"]
+    assert "trying again with CPU offload" in caplog.text
+    assert model.plan.offload == "model"
+    model.placement.bring("transformer")
+    model.placement.bring("vae")
+
+
+@pytest.mark.parametrize(("offload", "tries"), [("auto", 2), ("none", 1), ("model", 1)])
+def test_what_never_fits_is_an_error(offload: str, tries: int, monkeypatch: Any) -> None:
+    offloads = _fail_to_load(monkeypatch, 9)
+    with pytest.raises(DoesNotFit, match="PRECISION_MODE"):
+        build_mini(torch.bfloat16, cpu_offload=offload)
+    assert len(offloads) == tries
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(MINI_FOLDER, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "FluxTransformer"}))
+    with pytest.raises(ModelMismatch, match="FluxTransformer"):
+        build_mini(torch.bfloat16, dataclasses.replace(MINI, repo=str(tmp_path)))
+
+
+def test_the_log_tells_of_every_step(caplog: Any) -> None:
+    with caplog.at_level(logging.INFO):
+        model = build(Settings.from_env({}), MINI, Hardware("CPU"))
+    for name in (
+        "find files",
+        "plan: mini",
+        "load text_encoder (",
+        "load transformer (",
+        "load vae (",
+    ):
+        assert name in caplog.text
+    sizes = {step.name: step.gib for step in model.cold_start.steps}
+    assert sizes["load transformer"] == pytest.approx(8.5e6 / GIB, abs=1e-3)
