@@ -14,6 +14,7 @@ from PIL import Image
 
 from image_worker.edit import denoise as denoise_module
 from image_worker.errors import DoesNotFit
+from image_worker.job.response import size_warnings
 from image_worker.settings import Settings
 from image_worker.worker import Worker
 from tests.conftest import make_picture
@@ -238,6 +239,17 @@ def test_memory_that_runs_out_is_that_jobs_error(worker: Worker, monkeypatch: An
     assert "images" in worker.run(job())
 
 
+@pytest.mark.parametrize("text", ["CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"])
+def test_other_libraries_lack_memory_in_other_words(
+    text: str, worker: Worker, monkeypatch: Any
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(denoise_module, "velocities", fail)
+    assert worker.run(job())["error"]["type"] == "out_of_memory"
+
+
 def test_numbers_that_overflow_are_no_picture(worker: Worker, monkeypatch: Any) -> None:
     stock = denoise_module.velocities
 
@@ -246,6 +258,16 @@ def test_numbers_that_overflow_are_no_picture(worker: Worker, monkeypatch: Any) 
 
     monkeypatch.setattr(denoise_module, "velocities", overflow)
     assert worker.run(job())["error"]["type"] == "broken_picture"
+
+
+def test_an_answer_that_runpod_may_drop_is_told() -> None:
+    assert size_warnings(["x" * 4_000_000]) == []
+    assert "RunPod drops" in size_warnings(["x" * 6_000_000])[0]
+
+
+def test_settings_without_effect_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    Worker.from_settings(Settings.from_env({"MODEL": "mini", "CPU_OFFLOAD": "model"}))
+    assert "no CUDA card" in caplog.text
 
 
 def test_a_card_that_is_too_small_stops_the_start(monkeypatch: Any) -> None:

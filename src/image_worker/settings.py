@@ -64,7 +64,11 @@ class Settings(BaseSettings):
         False, description="older name for CPU_OFFLOAD=model together with PRECISION_MODE=8bit"
     )
     gpu_max_gib: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="hard limit on the card's memory, in GiB"
+        None,
+        gt=0,
+        le=1024,
+        allow_inf_nan=False,
+        description="hard limit on the card's memory, in GiB",
     )
     default_cfg_scale: float | None = Field(
         None, ge=1, le=20, allow_inf_nan=False, description="true_cfg_scale of jobs that name none"
@@ -91,7 +95,7 @@ class Settings(BaseSettings):
             InvalidSettings: names every bad variable, its value and what is allowed.
         """
         values = {
-            name: env[name.upper()]
+            name: env[name.upper()].strip()
             for name in cls.model_fields
             if env.get(name.upper(), "").strip()
         }
@@ -115,6 +119,10 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     def _refuse_contradictions(self) -> None:
+        if self.quantize_components == "text" and self.precision_mode == "bf16":
+            raise InvalidSettings(
+                "QUANTIZE_COMPONENTS=text has no meaning with PRECISION_MODE=bf16; drop one"
+            )
         if self.int8_cpu_offload and self.cpu_offload == "none":
             raise InvalidSettings("INT8_CPU_OFFLOAD=1 contradicts CPU_OFFLOAD=none; drop one")
         if self.int8_cpu_offload and self.precision_mode not in ("auto", "8bit"):
@@ -150,7 +158,7 @@ def allowed_values(field: FieldInfo) -> str:
     }
     kind = "a whole number" if field.annotation is int else "a number"
     if "gt" in bounds:
-        return f"{kind} above {bounds['gt']}"
+        return f"{kind} above {bounds['gt']}, up to {bounds['le']}"
     if bounds:
         return f"{kind} from {bounds['ge']} to {bounds['le']}"
     return "text"

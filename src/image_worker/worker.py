@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +18,11 @@ from image_worker.catalog import ModelEntry, choose
 from image_worker.edit import conditions, sizes
 from image_worker.edit.decode import decode
 from image_worker.edit.denoise import Progress, denoise, start
-from image_worker.errors import DoesNotFit, InternalError, InvalidRequest, OutOfMemory, WorkerError
+from image_worker.edit.schedule import check_steps
+from image_worker.errors import InternalError, InvalidRequest, OutOfMemory, WorkerError
 from image_worker.job.images import load_images
 from image_worker.job.request import EditRequest, summary
-from image_worker.job.response import encode_image, failure, success
+from image_worker.job.response import encode_image, failure, size_warnings, success
 from image_worker.model.build import Model, build
 from image_worker.model.placement import detect_hardware
 from image_worker.settings import Settings
@@ -48,17 +50,9 @@ class Worker:
         entry = choose(settings.model, has_card=hardware.free is not None)
         if settings.model == "auto":
             log.info("MODEL=auto: serving %s on %s", entry.name, hardware.name)
-        model = build(settings, entry, hardware)
-        with model.cold_start.step("first edit"):
-            try:
-                warm_up(model)
-            except torch.OutOfMemoryError as error:
-                raise DoesNotFit(
-                    "the model loads, but leaves no memory for an edit; "
-                    "choose a smaller PRECISION_MODE or CPU_OFFLOAD=model"
-                ) from error
-        model.cold_start.finish()
-        return cls(settings, model)
+        if hardware.free is None and (settings.gpu_max_gib or settings.cpu_offload == "model"):
+            log.warning("no CUDA card: GPU_MAX_GIB and CPU_OFFLOAD have no effect")
+        return cls(settings, build(settings, entry, hardware, first_edit=warm_up))
 
     @property
     def entry(self) -> ModelEntry:
@@ -67,7 +61,7 @@ class Worker:
 
     def run(self, job: Mapping[str, Any], progress: Progress | None = None) -> dict[str, Any]:
         """One job, `{"id", "input"}`, to its reply. Never raises: errors are replies, too."""
-        job_id = str(job.get("id", "local"))
+        job_id = str(job.get("id", "local"))[:100]
         try:
             request = EditRequest.parse(job.get("input"), self.entry)
             log.info("job %s: %s", job_id, summary(request))
@@ -86,10 +80,11 @@ class Worker:
         steps = request.num_inference_steps or self.model.steps
         cfg_scale = self._cfg_scale(request)
         guided = cfg_scale > 1
+        check_steps(self.model.sampler, steps)
         conditions.check_prompt(self.model, request.prompt, "prompt")
         if request.negative_prompt is not None:
             conditions.check_prompt(self.model, request.negative_prompt, "negative_prompt")
-        with clock("fetch"):
+        with clock("fetch", on_card=False):
             images = load_images(request.sources)
         width, height = self._size(request, images)
         with self._card, _memory_errors(width, height):
@@ -112,6 +107,7 @@ class Worker:
                 denoise(self.model, pictures, progress)
             with clock("decode"):
                 results = [decode(self.model, picture) for picture in pictures]
+            cold_start = self._once()
         encoded_pictures = [
             encode_image(result, request.output_format, request.encoder_quality)
             for result in results
@@ -129,9 +125,12 @@ class Worker:
             "model": self.entry.name,
             "precision": self.model.plan.precision,
             "timings": clock.seconds(),
-            "warnings": self._warnings(request, steps, cfg_scale),
+            "warnings": [
+                *self._warnings(request, steps, cfg_scale),
+                *size_warnings(encoded_pictures),
+            ],
         }
-        return success(encoded_pictures, facts | self._once())
+        return success(encoded_pictures, facts | cold_start)
 
     def _cfg_scale(self, request: EditRequest) -> float:
         if request.true_cfg_scale is not None:
@@ -188,10 +187,10 @@ class _Clock:
         self._stages: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, stage: str, *, on_card: bool = True) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        if torch.cuda.is_available():
+        if on_card and torch.cuda.is_available():
             torch.cuda.synchronize()  # or the next stage would be billed for this one's work
         self._stages[stage] = time.perf_counter() - start
 
@@ -205,7 +204,10 @@ def _memory_errors(width: int, height: int) -> Iterator[None]:
     """A job too large for the card is that job's error; its memory is given back."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # torch's own error, and cuBLAS' and the driver's, which have no type of their own
+        if not re.search(r"out of memory|ALLOC_FAILED", str(error)):
+            raise
         torch.cuda.empty_cache()
         raise OutOfMemory(
             f"{width}x{height} with these pictures needs more memory than the card has left; "

@@ -98,8 +98,9 @@ def test_base64_with_prefix_and_line_breaks() -> None:
 
 
 def test_size_is_checked_before_decoding_base64() -> None:
-    with pytest.raises(InvalidImage, match="MiB"):
-        images.decode_base64("A" * (images.MAX_BYTES * 4 // 3 + 8))
+    for factor in (1.01, 1.2):  # after decoding, and before
+        with pytest.raises(InvalidImage, match="MiB"):
+            images.decode_base64("A" * (int(images.MAX_BYTES * factor) // 3 * 4))
 
 
 def test_the_field_at_fault_is_named() -> None:
@@ -119,6 +120,12 @@ class _Server(BaseHTTPRequestHandler):
         elif self.path == "/endless":
             self._start()
             self._send(b"x" * 2**20, times=25)
+        elif self.path == "/declared":
+            self.send_response(200)
+            self.send_header("Content-Length", str(21 * 2**20))
+            self.end_headers()
+        elif self.path == "/busy":
+            self.send_error(503)
         elif self.path == "/drip":
             self._start()
             self._send(b"x", times=100, pause=0.05)
@@ -175,8 +182,10 @@ def test_a_picture_is_fetched(server: str, trusting: None) -> None:
 @pytest.mark.parametrize(
     ("path", "kind", "reason"),
     [
-        ("/missing", ImageUnavailable, "answered 404"),
+        ("/missing", InvalidImage, "answered 404"),
+        ("/busy", ImageUnavailable, "answered 503"),
         ("/endless", InvalidImage, "over 20 MiB"),
+        ("/declared", InvalidImage, "over 20 MiB"),
         ("/away", InvalidImage, "not allowed"),
     ],
 )
@@ -198,6 +207,25 @@ def test_a_slow_drip_ends_at_the_deadline(server: str, trusting: None) -> None:
     assert threading.active_count() <= before + 1, "the download's thread must end, too"
 
 
-def test_a_server_that_does_not_exist(trusting: None) -> None:
-    with pytest.raises(ImageUnavailable, match="could not be fetched"):
-        images.fetch("http://127.0.0.1:1/x.png")
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("http://127.0.0.1:1/x.png", ImageUnavailable),
+        ("http://no-such-host.invalid/x.png", ImageUnavailable),
+        ("http://[::1", InvalidImage),
+        ("http://127.0.0.1:99999/x.png", InvalidImage),
+        ("http://", InvalidImage),
+    ],
+)
+def test_a_url_that_leads_nowhere(url: str, kind: type[WorkerError], trusting: None) -> None:
+    with pytest.raises(kind):
+        images.fetch(url)
+
+
+def test_memory_that_runs_out_is_not_the_callers_fault(monkeypatch: Any) -> None:
+    def fail(_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(images, "_to_rgb", fail)
+    with pytest.raises(MemoryError):
+        images.decode(encoded(make_picture()))

@@ -97,6 +97,18 @@ def test_what_never_fits_is_an_error(offload: str, tries: int, monkeypatch: Any)
     assert len(offloads) == tries
 
 
+def test_a_first_edit_that_does_not_fit_is_tried_again_with_offload() -> None:
+    seen = []
+
+    def first_edit(model: Any) -> None:
+        seen.append(model.plan.offload)
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    build(Settings.from_env({}), MINI, Hardware("CPU"), first_edit=first_edit)
+    assert seen == ["none", "model"]
+
+
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     shutil.copytree(MINI_FOLDER, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "transformer" / "config.json"

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from image_worker.catalog import CATALOG, HubFile
-from image_worker.errors import ModelUnavailable
+from image_worker.errors import InvalidSettings, ModelMismatch, ModelUnavailable
 from image_worker.model import files
 from image_worker.settings import Settings
 from tests.conftest import MINI, MINI_FOLDER
@@ -110,6 +110,57 @@ def test_a_shard_that_the_index_names_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors.index.json").write_text('{"weight_map": {"a": "m-2.safetensors"}}')
     with pytest.raises(ModelUnavailable, match=r"m-2\.safetensors missing"):
         files.weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer/tokenizer.json",
+        "transformer/config.json",
+        "scheduler/scheduler_config.json",
+        "processor/preprocessor_config.json",
+    ],
+)
+def test_a_folder_without_a_small_file_is_refused(name: str, tmp_path: Path) -> None:
+    shutil.copytree(MINI_FOLDER, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).unlink()
+    with pytest.raises(ModelUnavailable, match=name):
+        files.find_model(dataclasses.replace(MINI, repo=str(tmp_path)), settings())
+
+
+def test_shards_without_their_index_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "m-00001-of-00005.safetensors").touch()
+    with pytest.raises(ModelUnavailable, match="1 of 5 shards"):
+        files.weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\xff"])
+def test_damaged_json_is_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ModelMismatch):
+        files.read_json(path)
+
+
+@pytest.mark.parametrize("model_id", ["/nonexistent/models/x", "a/b/c", "~/nothing-there", "name"])
+def test_a_mistyped_model_id_is_explained(model_id: str) -> None:
+    with pytest.raises(InvalidSettings, match="MODEL_ID"):
+        files.find_model(ENTRY, settings(model_id=model_id))
+
+
+def test_a_revision_of_a_local_folder_is_refused() -> None:
+    with pytest.raises(InvalidSettings, match="MODEL_REVISION"):
+        files.find_model(ENTRY, settings(model_id=MINI_FOLDER, model_revision="v2"))
+
+
+def test_another_revision_in_the_cache_is_named(
+    tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(files, "RUNPOD_CACHE", tmp_path / "runpod")
+    put_in_cache(tmp_path / "runpod", ENTRY.repo, "0123abcd")
+    with pytest.raises(ModelUnavailable):
+        files.find_model(ENTRY, settings(model_dir=tmp_path / "own", local_only=1))
+    assert "0123abcd" in caplog.text
 
 
 def test_a_missing_adapter_is_refused() -> None:

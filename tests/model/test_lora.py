@@ -95,6 +95,27 @@ def test_a_damaged_file_is_refused(content: bytes, tmp_path: Path) -> None:
         Lora.read(path)
 
 
+def test_a_module_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    both = pair("to_q", "lora_A", "lora_B") | pair("transformer.to_q", "lora_A", "lora_B")
+    with pytest.raises(ModelMismatch, match="named twice"):
+        Lora.read(write(tmp_path, both))
+
+
+@pytest.mark.parametrize("alpha", [torch.ones(2), torch.ones(0)])
+def test_an_alpha_that_is_no_number_is_refused(alpha: Tensor, tmp_path: Path) -> None:
+    tensors = pair("to_q", "lora_A", "lora_B") | {"to_q.alpha": alpha}
+    with pytest.raises(ModelMismatch, match="alpha"):
+        Lora.read(write(tmp_path, tensors))
+
+
+def test_scales_in_metadata_are_not_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "peft.safetensors"
+    metadata = {"lora_adapter_metadata": '{"transformer.lora_alpha": 32}'}
+    save_file(pair("to_q", "lora_A", "lora_B"), path, metadata)
+    with pytest.raises(ModelMismatch, match="metadata"):
+        Lora.read(path)
+
+
 def test_a_file_without_any_lora_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelMismatch):
         Lora.read(write(tmp_path, {}))

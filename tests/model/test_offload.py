@@ -46,6 +46,28 @@ def test_the_module_computes_the_same_from_its_copy(
         assert torch.equal(module(x), fresh(x))
 
 
+def test_memory_that_runs_out_on_the_way_in_is_not_remembered_as_present(
+    monkeypatch: Any,
+) -> None:
+    placement = offload.Placement(torch.device("cpu"), offload=True)
+    for name in ("first", "second"):
+        placement.add(name, nn.Linear(2, 2))
+    placement.bring("first")
+    stock, calls = offload._HostCopy.enter, []
+
+    def enter(self: Any, device: torch.device) -> None:
+        calls.append(self)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        stock(self, device)
+
+    monkeypatch.setattr(offload._HostCopy, "enter", enter)
+    with pytest.raises(torch.OutOfMemoryError):
+        placement.bring("second")
+    placement.bring("first")
+    assert len(calls) == 2, "the first must be moved in again"
+
+
 def test_the_hidden_tensors_of_both_formats_are_found() -> None:
     names = {p: {n for _, n in offload._attributes(_module(p))} for p in ("8bit", "4bit")}
     assert names["8bit"] == {"data", "CB", "SCB"}

@@ -16,7 +16,7 @@ SIZES: Any = {
     "8bit": Sizes(int(8.4 * GIB), int(19.2 * GIB), int(0.12 * GIB)),
     "4bit": Sizes(int(5.5 * GIB), int(9.9 * GIB), int(0.12 * GIB)),
 }
-SHAPE = Shape(width=3072, vae_base=96, tokens=8448, pixels=1024 * 1024)
+SHAPE = Shape(width=3072, zero_cond_t=False, vae_base=96, tokens=8448, pixels=1024 * 1024)
 
 
 def decide(free: float | None, **variables: str) -> Any:
@@ -46,6 +46,22 @@ def test_an_explicit_precision_is_kept() -> None:
     assert decide(139, precision_mode="4bit").precision == "4bit"
     assert decide(23, precision_mode="8bit").offload == "model"
     assert decide(47, precision_mode="8bit").offload == "none"
+
+
+def test_a_fall_back_to_offload_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert decide(23, precision_mode="8bit").offload == "model"
+    assert "8bit with CPU_OFFLOAD=none takes 29" in caplog.text
+
+
+def test_zero_cond_t_takes_more_memory() -> None:
+    import dataclasses
+
+    hardware = Hardware("card", 23 * GIB)
+    plans = [
+        plan(Settings.from_env({}), SIZES, dataclasses.replace(SHAPE, zero_cond_t=flag), hardware)
+        for flag in (False, True)
+    ]
+    assert plans[0].max_tokens > plans[1].max_tokens  # type: ignore[operator]
 
 
 def test_explicit_offload_is_kept() -> None:

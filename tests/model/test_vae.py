@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
 
-from image_worker.edit.decode import _set_tiling
 from image_worker.model.vae import PictureVae
 
 # With the published model's temporal layers, which the miniature leaves out.
@@ -57,18 +56,3 @@ def test_tiles_equal_stocks_tiles(pair: Any) -> None:
 def test_weights_that_meet_only_zeros_are_gone(pair: Any) -> None:
     stock, ours = (sum(p.numel() for p in vae.parameters()) for vae in pair)
     assert ours < 0.45 * stock
-
-
-def test_large_pictures_are_tiled_where_memory_asks_for_it() -> None:
-    import dataclasses
-
-    from image_worker.edit.denoise import Picture
-    from tests.conftest import mini_model
-
-    model: Any = mini_model()
-    picture = Picture(None, (1, 40, 40), torch.empty(0), [1.0, 0.0], 1.0)  # type: ignore[arg-type]
-    for limit, tiled in ((None, False), (640 * 640, False), (640 * 640 - 1, True)):
-        plan = dataclasses.replace(model.plan, max_pixels=limit)
-        _set_tiling(dataclasses.replace(model, plan=plan), picture)
-        assert model.vae.use_tiling is tiled
-    model.vae.disable_tiling()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from image_worker.edit import sizes
 from image_worker.errors import InvalidRequest
 from image_worker.model.build import Model
+from image_worker.model.placement import TILE_SIDE
 from image_worker.model.transformer import Shape
 from image_worker.model.vae import statistics
 
@@ -128,9 +130,24 @@ def _tokenise(model: Model, text: str, images: Sequence[Image.Image]) -> dict[st
 
 def _encode_picture(model: Model, pixels: Tensor) -> Tensor:
     """One reference as normalised, packed latents: (tokens, channels)."""
-    posterior = model.vae.encode(pixels.to(model.device, model.dtype)).latent_dist
+    with tiles_where_needed(model, pixels.shape[-1] * pixels.shape[-2]):
+        posterior = model.vae.encode(pixels.to(model.device, model.dtype)).latent_dist
     mean, deviation = statistics(model.vae, model.device, model.dtype)
     return pack((posterior.mode() - mean) / deviation)
+
+
+@contextmanager
+def tiles_where_needed(model: Model, pixels: int) -> Iterator[None]:
+    """Has the VAE work in tiles for the time being, if a picture of `pixels` needs them to fit."""
+    if model.plan.max_pixels is None or pixels <= model.plan.max_pixels:
+        yield
+        return
+    stride = TILE_SIDE * 3 // 4
+    model.vae.enable_tiling(TILE_SIDE, TILE_SIDE, stride, stride)
+    try:
+        yield
+    finally:
+        model.vae.disable_tiling()
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -18,13 +18,9 @@ def sigmas(sampler: Sampler, steps: int, target_tokens: int) -> list[float]:
     in float32 in the order of diffusers' `FlowMatchEulerDiscreteScheduler`.
 
     Raises:
-        InvalidRequest: one step with a terminal level, which leaves nothing to stretch.
+        InvalidRequest: as `check_steps`.
     """
-    if steps == 1 and sampler.terminal is not None:
-        raise InvalidRequest(
-            "1 step is not possible with this model's schedule; use 2 or more",
-            field="num_inference_steps",
-        )
+    check_steps(sampler, steps)
     slope = (sampler.max_shift - sampler.base_shift) / (sampler.max_tokens - sampler.base_tokens)
     shift = math.exp(slope * target_tokens + (sampler.base_shift - slope * sampler.base_tokens))
     levels = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
@@ -33,3 +29,16 @@ def sigmas(sampler: Sampler, steps: int, target_tokens: int) -> list[float]:
         gone = 1.0 - levels
         levels = 1.0 - gone / (gone[-1] / (1.0 - sampler.terminal))
     return [*(float(level) for level in levels), 0.0]
+
+
+def check_steps(sampler: Sampler, steps: int) -> None:
+    """Refuses a step count for which there is no schedule.
+
+    Raises:
+        InvalidRequest: one step with a terminal level, which leaves nothing to stretch.
+    """
+    if steps == 1 and sampler.terminal is not None:
+        raise InvalidRequest(
+            "1 step is not possible with this model's schedule; use 2 or more",
+            field="num_inference_steps",
+        )

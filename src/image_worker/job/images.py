@@ -28,6 +28,10 @@ FETCH_SECONDS = 30.0
 _IDLE_SECONDS = 10  # longest silence of a server
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
+_TOO_LARGE = f"the picture is over {MAX_BYTES // 2**20} MiB"
+_WHITE_SPACE = dict.fromkeys(map(ord, " \t\r\n"))
+_DECODING = threading.Lock()  # one at a time: 50 megapixels take 200 MB, and more on the way
+
 T = TypeVar("T")
 
 
@@ -62,12 +66,15 @@ def decode_base64(text: str) -> bytes:
     """
     if text.startswith("data:"):
         _, _, text = text.partition(",")
-    if len(text) > MAX_BYTES * 4 // 3 + 4:
-        raise InvalidImage(f"the picture is over {MAX_BYTES // 2**20} MiB")
+    if len(text) > MAX_BYTES * 4 // 3 * 1.1:  # line breaks included
+        raise InvalidImage(_TOO_LARGE)
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        data = base64.b64decode(text.translate(_WHITE_SPACE), validate=True)
     except (binascii.Error, ValueError):
         raise InvalidImage("the picture is neither a URL nor valid base64") from None
+    if len(data) > MAX_BYTES:
+        raise InvalidImage(_TOO_LARGE)
+    return data
 
 
 def decode(data: bytes) -> Image.Image:
@@ -77,11 +84,11 @@ def decode(data: bytes) -> Image.Image:
         InvalidImage: no picture, of a kind that is not accepted, cut off, or too large.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with _DECODING, Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_header(image)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
-    except InvalidImage:
+    except (InvalidImage, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, met before ours
         raise InvalidImage(f"the picture has over {MAX_PIXELS // 10**6} million pixels") from error
@@ -109,9 +116,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow's own conversion would cut off, not scale
         image = image.point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, layers)
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
     return image.convert("RGB")
 
 
@@ -131,23 +139,38 @@ def _download(url: str, deadline: float) -> bytes:
 
     data = bytearray()
     try:
-        with safe_get(url, timeout=_IDLE_SECONDS, max_bytes=MAX_BYTES) as response:
-            if response.status_code != 200:
-                raise ImageUnavailable(f"the picture's server answered {response.status_code}")
+        # Its own limit of size would be reported like a forbidden address: ours is below.
+        with safe_get(url, timeout=_IDLE_SECONDS, max_bytes=2**62) as response:
+            _check_answer(response.status_code, response.headers.get("Content-Length", ""))
             # read1 returns after one read of the socket, so a slow drip meets the deadline.
             while chunk := response.raw.read1(2**16, decode_content=True):
                 data += chunk
                 if len(data) > MAX_BYTES:
-                    raise InvalidImage(f"the picture is over {MAX_BYTES // 2**20} MiB")
+                    raise InvalidImage(_TOO_LARGE)
                 if time.monotonic() > deadline:
                     raise ImageUnavailable("the picture's server is too slow")
     except WorkerError:
         raise
     except SSRFError as error:
+        if isinstance(error.__cause__, OSError):
+            raise ImageUnavailable("the host name of the URL could not be resolved") from error
         raise InvalidImage("the URL is not allowed: it must lead to a public address") from error
+    except (
+        ValueError
+    ) as error:  # requests' and urllib's errors about the URL itself are of this kind
+        raise InvalidImage("the URL is not valid") from error
     except Exception as error:
         raise ImageUnavailable("the picture could not be fetched from its URL") from error
     return bytes(data)
+
+
+def _check_answer(status: int, length: str) -> None:
+    if status in (408, 425, 429) or status >= 500:
+        raise ImageUnavailable(f"the picture's server answered {status}")
+    if status != 200:
+        raise InvalidImage(f"the picture's server answered {status}")
+    if length.isdigit() and int(length[:20]) > MAX_BYTES:
+        raise InvalidImage(_TOO_LARGE)
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:

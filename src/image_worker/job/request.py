@@ -6,7 +6,14 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from image_worker.catalog import ModelEntry
 from image_worker.errors import InvalidRequest
@@ -16,7 +23,10 @@ MAX_SEED = 2**63 - 1
 _MAX_PROMPT_CHARACTERS = 20_000  # bounds the work of counting tokens
 _QUALITY = 90
 
-Side = Annotated[int, Field(ge=GRID, multiple_of=GRID)]
+_SCHEMES = ("http://", "https://")
+_RANDOM_SEEDS = 2**53  # below this, a number survives a client's floating-point JSON
+
+Side = Annotated[int, Field(ge=GRID, le=2**16, multiple_of=GRID)]
 PromptText = Annotated[str, Field(max_length=_MAX_PROMPT_CHARACTERS)]
 
 
@@ -34,8 +44,6 @@ class ImageSource(_Strict):
     def _exactly_one(self) -> Self:
         if (self.url is None) == (self.base64 is None):
             raise ValueError("give exactly one of url and base64")
-        if self.url is not None and not self.url.lower().startswith(("http://", "https://")):
-            raise ValueError("a URL must start with http:// or https://")
         return self
 
     @classmethod
@@ -43,6 +51,10 @@ class ImageSource(_Strict):
         """A URL if it looks like one, base64 otherwise."""
         is_url = "://" in value[:16]
         return cls(url=value) if is_url else cls(base64=value)
+
+
+def _text_as_source(value: object) -> object:
+    return ImageSource.either(value) if isinstance(value, str) else value
 
 
 class EditRequest(_Strict):
@@ -53,10 +65,12 @@ class EditRequest(_Strict):
     image: str | None = None
     image_url: str | None = None
     image_base64: str | None = None
-    images: list[str | ImageSource] | None = Field(None, min_length=1, max_length=4)
+    images: list[Annotated[ImageSource, BeforeValidator(_text_as_source)]] | None = Field(
+        None, min_length=1, max_length=4
+    )
     true_cfg_scale: float | None = Field(None, ge=1, le=20)
     num_inference_steps: int | None = Field(None, ge=1, le=100)
-    seed: int = Field(default_factory=lambda: secrets.randbelow(MAX_SEED + 1), ge=0, le=MAX_SEED)
+    seed: int = Field(default_factory=lambda: secrets.randbelow(_RANDOM_SEEDS), ge=0, le=MAX_SEED)
     width: Side | None = None
     height: Side | None = None
     num_images: int = Field(1, ge=1, le=4)
@@ -88,10 +102,7 @@ class EditRequest(_Strict):
             return [("image_url", ImageSource(url=self.image_url))]
         if self.image_base64 is not None:
             return [("image_base64", ImageSource(base64=self.image_base64))]
-        return [
-            (f"images[{number}]", ImageSource.either(image) if isinstance(image, str) else image)
-            for number, image in enumerate(self.images or [])
-        ]
+        return [(f"images[{number}]", image) for number, image in enumerate(self.images or [])]
 
     @property
     def encoder_quality(self) -> int:
@@ -114,11 +125,13 @@ class EditRequest(_Strict):
             raise ValueError(f"give pictures in one field only, not in {' and '.join(given)}")
         if self.quality is not None and self.output_format == "png":
             raise ValueError("quality applies to output_format jpeg and webp; png has none")
-        _ = self.sources  # checks the URLs
         return self
 
     def _check_for(self, entry: ModelEntry) -> None:
         pictures = self.sources
+        for field, source in pictures:
+            if source.url is not None and not source.url.lower().startswith(_SCHEMES):
+                raise InvalidRequest("a URL must start with http:// or https://", field=field)
         if not pictures and entry.max_images:
             raise InvalidRequest(
                 f"{entry.name} edits pictures: give image, image_url, image_base64 or images",
@@ -154,13 +167,14 @@ def _translate(error: ValidationError) -> InvalidRequest:
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """`("images", 0, "ImageSource", "url")` as `images[0].url`; union branches are left out."""
+    """`("images", 0, "url")` as `images[0].url`. A name that a caller made up is cut short."""
     path = ""
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in ("str", "ImageSource"):
-            path += f".{part}" if path else str(part)[:100]
+        else:
+            name = part[:100] or '""'
+            path += f".{name}" if path else name
     return path
 
 

@@ -10,6 +10,8 @@ from PIL import Image
 
 from image_worker.errors import WorkerError
 
+MAX_REPLY_BYTES = 10_000_000  # RunPod's limit for /run
+
 
 def encode_image(image: Image.Image, form: Literal["png", "jpeg", "webp"], quality: int) -> str:
     """Base64 without a prefix. `quality` is for jpeg and webp."""
@@ -22,6 +24,17 @@ def encode_image(image: Image.Image, form: Literal["png", "jpeg", "webp"], quali
 def success(pictures: list[str], facts: dict[str, Any]) -> dict[str, Any]:
     """The reply to a job that succeeded. The first picture also stands by itself."""
     return {"output_image_base64": pictures[0], "images": pictures, **facts}
+
+
+def size_warnings(pictures: list[str]) -> list[str]:
+    """A warning where RunPod may drop the reply for its size."""
+    size = len(pictures[0]) + sum(len(picture) for picture in pictures)
+    if size <= MAX_REPLY_BYTES:
+        return []
+    return [
+        f"the answer has {size / 1e6:.0f} MB, and RunPod drops answers over 10 MB from /run and "
+        "20 MB from /runsync; output_format jpeg or webp is smaller"
+    ]
 
 
 def failure(error: WorkerError) -> dict[str, Any]:

@@ -6,11 +6,10 @@ files → plan → text encoder → transformer (+ Lightning LoRA, merged) → V
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,8 +105,11 @@ def build(
     hardware: Hardware,
     *,
     dtype: torch.dtype | None = None,
+    first_edit: Callable[[Model], None] | None = None,
 ) -> Model:
     """Walks the path. `dtype` overrides the type to compute in (tests use float32).
+
+    first_edit: tries the finished model; what cannot run fails here, before any job.
 
     Raises:
         OperatorError: files are missing or do not fit, a setting cannot be honoured, or the card
@@ -126,9 +128,14 @@ def build(
 
     def load(decided: Plan) -> Model:
         bytes_kept = sizes[decided.precision]
-        return _load(
+        model = _load(
             settings, entry, hardware, folder, decided, bytes_kept, lora, dtype, cold_start
         )
+        if first_edit is not None:
+            with cold_start.step("first edit"):
+                first_edit(model)
+        cold_start.finish()
+        return model
 
     try:
         try:
@@ -141,7 +148,7 @@ def build(
         return load(dataclasses.replace(decided, offload="model"))
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
-            f"the card ran out of memory while loading at {decided.precision}; "
+            f"the card ran out of memory while starting at {decided.precision}; "
             "choose a smaller PRECISION_MODE or CPU_OFFLOAD=model, or free the card"
         ) from error
 
@@ -174,7 +181,7 @@ def _load(
     text_encoder = load("text_encoder", _empty_text_encoder(folder), rename=text_encoder_name)
     transformer = load("transformer", _empty(QwenImageTransformer2DModel, folder), lora=lora)
     vae = load("vae", _empty(PictureVae, folder))
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = files.read_json(folder / "scheduler" / "scheduler_config.json")
     return Model(
         entry=entry,
         plan=decided,
@@ -272,7 +279,7 @@ def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     }
     configs = {}
     for name, kind in expected.items():
-        configs[name] = json.loads((folder / name / "config.json").read_text())
+        configs[name] = files.read_json(folder / name / "config.json")
         found = configs[name].get("_class_name")
         if found != kind:
             raise ModelMismatch(f"{name} of the model is a {found}; this worker runs {kind}")
@@ -297,6 +304,7 @@ def _shape(entry: ModelEntry, configs: dict[str, dict[str, Any]]) -> Shape:
     pictures = 2 if entry.max_images else 1
     return Shape(
         width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
+        zero_cond_t=bool(transformer.get("zero_cond_t", False)),
         vae_base=configs["vae"]["base_dim"],
         tokens=pictures * tokens_per_picture + 256,
         pixels=entry.area,

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from image_worker.catalog import HubFile, ModelEntry
-from image_worker.errors import ModelUnavailable
+from image_worker.errors import InvalidSettings, ModelMismatch, ModelUnavailable
 from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -31,8 +33,15 @@ def find_model(entry: ModelEntry, settings: Settings) -> Path:
         ModelUnavailable: files are missing and may not, or cannot, be downloaded.
     """
     repo = settings.model_id or entry.repo
-    if Path(repo).is_dir():
-        return _complete(Path(repo), entry)
+    folder = Path(repo).expanduser()
+    if folder.is_dir():
+        if settings.model_revision:
+            raise InvalidSettings("MODEL_REVISION has no meaning for a local folder; unset it")
+        return _complete(folder, entry)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise InvalidSettings(
+            f"MODEL_ID={repo!r} is neither a folder that exists nor a repo (owner/name)"
+        )
     if (settings.model_dir / "model_index.json").exists():
         raise ModelUnavailable(
             "MODEL_DIR is itself a model folder, and which model it holds is not known; "
@@ -91,13 +100,33 @@ def weight_files(folder: Path) -> list[Path]:
     if index is None:
         files = sorted(folder.glob("*.safetensors"))
     else:
-        shards = json.loads(index.read_text())["weight_map"].values()
+        shards = read_json(index).get("weight_map", {}).values()
         files = [folder / name for name in sorted(set(shards))]
+    numbered = re.search(r"-of-(\d+)\.safetensors$", files[0].name) if files else None
+    if numbered and len(files) != int(numbered[1]):
+        raise ModelUnavailable(
+            f"{folder.name}/ of the model is incomplete: {len(files)} of {int(numbered[1])} shards"
+        )
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         what = ", ".join(missing) if missing else "its .safetensors weights"
         raise ModelUnavailable(f"{folder.name}/ of the model is incomplete: {what} missing")
     return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model's folder.
+
+    Raises:
+        ModelMismatch: it cannot be read, or is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelMismatch(f"{path.parent.name}/{path.name} of the model is damaged") from error
+    if not isinstance(content, dict):
+        raise ModelMismatch(f"{path.parent.name}/{path.name} of the model is no JSON object")
+    return content
 
 
 def _first_place(name: str, settings: Settings, fetch: Callable[[Path, bool], Path]) -> Path:
@@ -106,7 +135,11 @@ def _first_place(name: str, settings: Settings, fetch: Callable[[Path, bool], Pa
         try:
             return fetch(cache, True)
         except (LocalEntryNotFoundError, ModelUnavailable) as error:
-            log.debug("%s is not complete in %s: %s", name, cache, error)
+            present = [
+                path.name for path in cache.glob(f"models--*{_cache_name(name)}/snapshots/*")
+            ]
+            tell = log.warning if present else log.debug
+            tell("%s is not complete in %s (%s); revisions there: %s", name, cache, error, present)
     if settings.local_only:
         raise ModelUnavailable(f"{name} is not on this machine, and LOCAL_ONLY=1 forbids downloads")
     log.info("downloading %s to %s", name, settings.model_dir)
@@ -129,6 +162,11 @@ def _caches(settings: Settings) -> Iterator[Path]:
             yield cache
 
 
+def _cache_name(name: str) -> str:
+    """`owner--repo` for `owner/repo/file@revision`."""
+    return "--".join(name.partition("@")[0].split("/")[:2])
+
+
 def _folders(entry: ModelEntry) -> tuple[str, ...]:
     reads_pictures = ("processor",) if entry.max_images else ()
     return (*COMPONENTS, "tokenizer", "scheduler", *reads_pictures)
@@ -138,6 +176,15 @@ def _complete(folder: Path, entry: ModelEntry) -> Path:
     for name in _folders(entry):
         if not (folder / name).is_dir():
             raise ModelUnavailable(f"the model folder has no {name}/; it needs diffusers' layout")
+    needed = [f"{name}/config.json" for name in COMPONENTS]
+    needed.append("scheduler/scheduler_config.json")
+    if not (folder / "tokenizer" / "vocab.json").is_file():
+        needed.append("tokenizer/tokenizer.json")
+    if entry.max_images:
+        needed.append("processor/preprocessor_config.json")
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise ModelUnavailable(f"the model folder is incomplete: {', '.join(missing)} missing")
     for name in COMPONENTS:
         weight_files(folder / name)
     return folder

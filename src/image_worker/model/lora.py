@@ -63,8 +63,14 @@ class Lora:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
         except Exception as error:  # safetensors raises its own, OS and value errors alike
             raise ModelMismatch(f"{path.name} is not a readable safetensors file") from error
+        if "lora_adapter_metadata" in metadata:
+            raise ModelMismatch(
+                f"{path.name} keeps its scales in its metadata, as peft writes them; save it with "
+                "an alpha per module"
+            )
         return cls(path.name, _pairs(path.name, tensors))
 
     def check_fits(self, model: nn.Module) -> None:
@@ -73,6 +79,7 @@ class Lora:
         Raises:
             ModelMismatch: says how many do not fit, and the first of them.
         """
+        self._merged.clear()
         modules = dict(model.named_modules())
         wrong = []
         for name, pair in self.pairs.items():
@@ -121,7 +128,10 @@ def _pairs(name: str, tensors: dict[str, Tensor]) -> dict[str, LoraPair]:
             unknown.append(key)
             continue
         role = next(role for role in ("down", "up", "alpha") if match[role])
-        parts.setdefault(match["module"], {})[role] = tensor
+        part = parts.setdefault(match["module"], {})
+        if role in part:
+            raise ModelMismatch(f"{name}: {match['module']} is named twice")
+        part[role] = tensor
     if unknown:
         raise ModelMismatch(
             f"{name}: {len(unknown)} of {len(tensors)} tensors are no part of a LoRA, "
@@ -141,6 +151,8 @@ def _check_pairs(name: str, parts: Iterable[tuple[str, dict[str, Tensor]]]) -> N
             raise ModelMismatch(f"{name}: {module} has only {', '.join(sorted(part))}")
         if part["down"].ndim != 2 or part["up"].ndim != 2:
             raise ModelMismatch(f"{name}: {module} is not a pair of matrices")
+        if 0 in part["down"].shape or ("alpha" in part and part["alpha"].numel() != 1):
+            raise ModelMismatch(f"{name}: {module} has no rank, or more than one alpha")
     if not found:
         raise ModelMismatch(f"{name} holds no LoRA")
 

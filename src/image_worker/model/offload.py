@@ -33,6 +33,7 @@ class Placement:
         """Makes the component `name` ready to run; with offload, in place of the others."""
         if not self._offload or self._present == name:
             return
+        self._present = None  # also if memory runs out on the way in
         for held in self._held.values():
             held.leave()
         torch.cuda.empty_cache()

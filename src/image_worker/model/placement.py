@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -14,14 +15,17 @@ import torch
 from image_worker.errors import DoesNotFit
 from image_worker.settings import Precision, Settings
 
+log = logging.getLogger(__name__)
+
 GIB = 2**30
 
 # Measured at full size on one card by `python -m image_worker.bench.full_size`: peak working
-# memory above the weights, per image or text token and unit of model width, and per output pixel
-# and unit of the VAE's base width.
+# memory above the weights, per image or text token and unit of model width, and per pixel and unit
+# of the VAE's base width (decoding; encoding takes 12).
 DENOISE_BYTES = {"bf16": 24, "8bit": 41, "4bit": 24}
-DECODE_BYTES = 14
-TILED_DECODE_SIDE = 512  # pixels; a tile's working memory is that of a picture of this size
+ZERO_COND_BYTES = 12  # more while denoising with `zero_cond_t`: modulation per token, not per row
+VAE_BYTES = 14
+TILE_SIDE = 512  # pixels; a tile's working memory is that of a picture of this size
 RESERVE = GIB // 2  # the CUDA libraries' own memory and the allocator's gaps
 
 
@@ -71,9 +75,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Shape:
-    """What working memory depends on: widths of transformer and VAE, and the usual job."""
+    """What working memory depends on: the model's widths, and the usual job's tokens and pixels."""
 
     width: int
+    zero_cond_t: bool
     vae_base: int
     tokens: int
     pixels: int
@@ -110,10 +115,12 @@ def plan(
     Raises:
         DoesNotFit: nothing that the settings allow fits; says what it would take.
     """
-    tried = []
+    tried: list[str] = []
     for precision, offload in _choices(settings):
         plan = _fit(precision, offload, sizes[precision], shape, hardware)
         if plan.peak is None or hardware.free is None or plan.peak <= hardware.free:
+            if tried and settings.precision_mode != "auto":
+                log.warning("%s; so with CPU offload", "; ".join(tried))
             return plan
         tried.append(f"{precision} with CPU_OFFLOAD={offload} takes {plan.peak / GIB:.1f} GiB")
     assert hardware.free is not None
@@ -144,12 +151,13 @@ def _fit(
 ) -> Plan:
     if hardware.free is None:
         return Plan(precision, "none", None, None, None)
-    per_token = DENOISE_BYTES[precision] * shape.width
-    per_pixel = DECODE_BYTES * shape.vae_base
+    extra = ZERO_COND_BYTES if shape.zero_cond_t else 0
+    per_token = (DENOISE_BYTES[precision] + extra) * shape.width
+    per_pixel = VAE_BYTES * shape.vae_base
     while_denoising = sizes.total if offload == "none" else sizes.transformer
     while_decoding = sizes.total if offload == "none" else sizes.vae
     room_to_decode = hardware.free - while_decoding - RESERVE
-    tile = min(shape.pixels, TILED_DECODE_SIDE**2)
+    tile = min(shape.pixels, TILE_SIDE**2)
     decoded_at_once = shape.pixels if room_to_decode >= shape.pixels * per_pixel else tile
     return Plan(
         precision,

@@ -11,9 +11,10 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -129,12 +130,14 @@ def _header(file: Path) -> dict[str, list[int]]:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
-        end = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k[0] != "_"))
-    except (struct.error, ValueError, KeyError, MemoryError, OverflowError) as error:
+        header.pop("__metadata__", None)
+        end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+        shapes = {name: entry["shape"] for name, entry in header.items()}
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
         raise ModelMismatch(f"{file.name} is no safetensors file, or is cut off") from error
     if file.stat().st_size != end:
         raise ModelMismatch(f"{file.name} is cut off: {file.stat().st_size} bytes instead of {end}")
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return shapes
 
 
 def _read(files: list[Path], label: str) -> Iterator[tuple[str, Tensor]]:
@@ -142,8 +145,15 @@ def _read(files: list[Path], label: str) -> Iterator[tuple[str, Tensor]]:
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
         for file in files:
-            with safe_open(file, framework="pt") as shard:
+            with _open(file) as shard:
                 for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
                     tensor = shard.get_tensor(name)
                     yield name, tensor
                     bar.update(tensor.nbytes)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ModelMismatch(f"{file.name} is no valid safetensors file") from error

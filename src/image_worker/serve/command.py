@@ -29,7 +29,11 @@ def run_one(worker: Worker, job: Mapping[str, Any], folder: Path = OUTPUT_FOLDER
     if "error" in reply:
         _print(json.dumps(reply, indent=2, ensure_ascii=False), sys.stderr)
         return 1
-    paths = save_pictures(reply, folder)
+    try:
+        paths = save_pictures(reply, folder)
+    except OSError as error:
+        _print(f"error: the pictures cannot be written to {folder}: {error.strerror}", sys.stderr)
+        return 1
     shown = {name: value for name, value in reply.items() if name not in _PICTURES}
     _print(json.dumps(shown, indent=2, ensure_ascii=False))
     for path in paths:

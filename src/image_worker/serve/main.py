@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from image_worker.errors import InvalidRequest, OperatorError
+from image_worker.errors import InvalidRequest, WorkerError
 from image_worker.settings import Settings
 
 TEST_INPUT = Path("test_input.json")
@@ -28,8 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from image_worker.worker import Worker
 
         worker = Worker.from_settings(settings)
-    except (OperatorError, InvalidRequest) as error:
+    except WorkerError as error:
+        log.debug("the start failed", exc_info=error)
         sys.stderr.write(f"error: {error.type}: {error}\n")
+        return 2
+    except Exception:  # the start's own catch-all: no job has been taken
+        log.exception("error: the worker could not start")
         return 2
     if job is not None:
         from image_worker.serve.command import run_one
@@ -73,10 +77,9 @@ def _local_job(
         if not TEST_INPUT.is_file():
             raise InvalidRequest("there is no queue, no --test_input and no test_input.json")
         log.info("no queue: running %s", TEST_INPUT)
-        test_input = TEST_INPUT.read_text()
     try:
-        job = json.loads(test_input)
-    except ValueError as error:
+        job = json.loads(TEST_INPUT.read_text() if test_input is None else test_input)
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"the job is not JSON: {error}") from None
     if not isinstance(job, dict) or "input" not in job:
         raise InvalidRequest('the job must be a JSON object with "input"')

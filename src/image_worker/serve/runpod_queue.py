@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import runpod
+from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from image_worker.settings import Settings
 from image_worker.worker import Worker
+
+_LOG_LEVELS = {"DEBUG": "DEBUG", "INFO": "INFO", "WARNING": "WARN", "ERROR": "ERROR"}
 
 
 def serve(worker: Worker, settings: Settings) -> None:
@@ -23,6 +26,9 @@ def serve(worker: Worker, settings: Settings) -> None:
         # The SDK takes these from the command line only.
         sys.argv += ["--rp_serve_api", "--rp_api_host", settings.api_host]
         sys.argv += ["--rp_api_port", str(settings.api_port)]
+
+    # The SDK's own log has whole jobs and replies in it at DEBUG, its default.
+    RunPodLogger().set_level(_LOG_LEVELS[settings.log_level])
 
     async def handler(job: Mapping[str, Any]) -> dict[str, Any]:
         # In a thread: the SDK pings and takes jobs on the event loop meanwhile.
