@@ -107,8 +107,10 @@ def test_the_hub_tests_are_jobs_that_are_accepted() -> None:
     env = {variable["key"]: variable["value"] for variable in tests["config"]["env"]}
     settings = Settings.from_env(env)
     for test in tests["tests"]:
-        EditRequest.parse(test["input"], CATALOG[settings.model])
-    EditRequest.parse(json.loads((ROOT / "test_input.json").read_text())["input"], CATALOG["mini"])
+        assert EditRequest.parse(test["input"], CATALOG[settings.model]).sources
+    assert EditRequest.parse(
+        json.loads((ROOT / "test_input.json").read_text())["input"], CATALOG["mini"]
+    ).sources
 
 
 def test_the_container_sets_only_settings_and_pythons_own() -> None:

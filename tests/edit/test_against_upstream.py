@@ -46,7 +46,7 @@ def zero_cond_entry(folder: Path) -> ModelEntry:
     return dataclasses.replace(MINI, repo=str(folder))
 
 
-def compare(
+def assert_equal(
     model: Model, pipeline: Any, cfg_scale: float, references: int, monkeypatch: Any
 ) -> None:
     images = [make_picture(140, 100, seed) for seed in range(references)]
@@ -77,7 +77,7 @@ def test_edit(
     model = mini_model(dtype, use_lightning_lora=str(int(lightning)))
     lora = MINI_FOLDER / MINI.lightning[8].path if lightning else None
     pipeline = upstream.edit_plus_pipeline(MINI_FOLDER, dtype, lora=lora)
-    compare(model, pipeline, cfg_scale, references, monkeypatch)
+    assert_equal(model, pipeline, cfg_scale, references, monkeypatch)
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
@@ -88,7 +88,7 @@ def test_edit_with_zero_cond_t(
     model = build_mini(dtype, zero_cond_entry(tmp_path), use_lightning_lora="0")
     assert model.transformer.zero_cond_t
     pipeline = upstream.edit_plus_pipeline(MINI_FOLDER, dtype, zero_cond_t=True)
-    compare(model, pipeline, cfg_scale, 2, monkeypatch)
+    assert_equal(model, pipeline, cfg_scale, 2, monkeypatch)
 
 
 def test_zero_cond_t_matters(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from image_worker.errors import ModelMismatch
 from image_worker.model import weights
-from image_worker.model.build import text_encoder_name
+from image_worker.model.components import text_encoder_name
 from image_worker.model.formats import FORMATS
 
 PLAIN = weights.Storage(torch.float32, None, lambda name: False)

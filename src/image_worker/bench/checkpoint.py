@@ -100,6 +100,7 @@ def _write_config(folder: Path, model: Any) -> None:
     if hasattr(model, "save_config"):
         model.save_config(folder)
     else:
+        model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
 
 

@@ -110,7 +110,7 @@ def plan(
 ) -> Plan:
     """Chooses precision and offload: the first that fits, the most exact and fastest first.
 
-    "auto" passes over 8bit: bitsandbytes' int8 takes 2.5 times as long as its NF4.
+    "auto" passes over 8bit: bitsandbytes' int8 takes over twice as long as its NF4.
 
     Raises:
         DoesNotFit: nothing that the settings allow fits; says what it would take.

@@ -1,0 +1,63 @@
+"""The facts of a cold start, logged while it goes on and told in the first reply."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the cold start; `gib` of weights kept, for steps that load some."""
+
+    name: str
+    seconds: float
+    gib: float | None = None
+
+
+@dataclass
+class ColdStart:
+    """What the cold start took: its steps, and peak memory in GiB once it was over."""
+
+    steps: list[Step] = field(default_factory=list)
+    peak_vram_gib: float | None = None
+    peak_host_gib: float | None = None
+
+    @contextmanager
+    def step(self, name: str, size: int | None = None) -> Iterator[None]:
+        """Times and logs one step, which keeps `size` bytes of weights."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        gib = None if size is None else round(size / _GIB, 3)
+        self.steps.append(Step(name, round(time.perf_counter() - start, 3), gib))
+        what = name if gib is None else f"{name} ({gib:.2f} GiB)"
+        log.info("cold start: %s in %.2f s; %s", what, self.steps[-1].seconds, _memory_line())
+
+    def finish(self) -> None:
+        """Notes the peaks."""
+        self.peak_host_gib = round(_host_peak_gib(), 2)
+        if torch.cuda.is_available():
+            self.peak_vram_gib = round(torch.cuda.max_memory_reserved() / _GIB, 2)
+
+
+def _host_peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def _memory_line() -> str:
+    line = f"host peak {_host_peak_gib():.1f} GiB"
+    if torch.cuda.is_available():
+        line += f", card {torch.cuda.memory_allocated() / _GIB:.1f} GiB"
+    return line

@@ -1,0 +1,144 @@
+"""The three components of a checkpoint: class, tensor names, and which layers are quantised.
+
+Left in full precision is what is small and feels rounding most (input and output layers, the
+vision tower, the VAE), and the first block's `img_mod`, as published NF4 checkpoints have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import QwenImageTransformer2DModel
+from torch import nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+from image_worker.catalog import ModelEntry
+from image_worker.errors import ModelMismatch
+from image_worker.model import files, weights
+from image_worker.model.formats import FORMATS
+from image_worker.model.placement import Shape, Sizes
+from image_worker.model.vae import PictureVae
+from image_worker.settings import Precision, Settings
+
+
+@dataclass(frozen=True)
+class Component:
+    """One folder of a checkpoint.
+
+    kind: the class that its configuration must name; empty(folder): the module, its parameters on
+    the meta device; rename: the module's name for a checkpoint's tensor, None if it is not needed;
+    quantised: whether the linear layer of a name is.
+    """
+
+    name: str
+    kind: str
+    empty: Callable[[Path], nn.Module]
+    rename: Callable[[str], str | None] = lambda name: name
+    quantised: Callable[[str], bool] = lambda path: False  # noqa: ARG005
+
+    def storage(
+        self, precision: Precision, settings: Settings, dtype: torch.dtype
+    ) -> weights.Storage:
+        """How this component's weights are kept."""
+        everything = settings.quantize_components == "all"
+        form = FORMATS[precision] if everything or self.name == "text_encoder" else None
+        return weights.Storage(dtype, form, self.quantised)
+
+
+def text_encoder_name(name: str) -> str | None:
+    """The name in `Qwen2_5_VLModel` of a tensor of either published layout; None: not needed.
+
+    Only hidden states are used, so the language model's output layer stays on disk.
+    """
+    if name.startswith("lm_head."):
+        return None
+    bare = name.removeprefix("model.")
+    if bare.startswith(("visual.", "language_model.")):
+        return bare
+    return f"language_model.{bare}"
+
+
+def _empty_text_encoder(folder: Path) -> nn.Module:
+    config = Qwen2_5_VLConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        module: nn.Module = Qwen2_5_VLModel(config)
+    return module
+
+
+def _empty_diffusers(kind: Any) -> Callable[[Path], nn.Module]:
+    def empty(folder: Path) -> nn.Module:
+        with init_empty_weights(include_buffers=False):
+            module: nn.Module = kind.from_config(kind.load_config(folder))
+        return module
+
+    return empty
+
+
+TEXT_ENCODER = Component(
+    "text_encoder",
+    kind="Qwen2_5_VLForConditionalGeneration",
+    empty=_empty_text_encoder,
+    rename=text_encoder_name,
+    quantised=lambda path: path.startswith("language_model.layers."),
+)
+TRANSFORMER = Component(
+    "transformer",
+    kind="QwenImageTransformer2DModel",
+    empty=_empty_diffusers(QwenImageTransformer2DModel),
+    quantised=lambda path: (
+        path.startswith("transformer_blocks.")
+        and not path.startswith("transformer_blocks.0.img_mod.")
+    ),
+)
+VAE = Component("vae", kind="AutoencoderKLQwenImage", empty=_empty_diffusers(PictureVae))
+ALL = (TEXT_ENCODER, TRANSFORMER, VAE)
+
+
+def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Each component's configuration.
+
+    Raises:
+        ModelMismatch: one is of another class than this worker runs.
+    """
+    configs = {}
+    for component in ALL:
+        config = configs[component.name] = files.read_json(folder / component.name / "config.json")
+        kind = config.get("_class_name") or (config.get("architectures") or [None])[0]
+        if kind != component.kind:
+            raise ModelMismatch(
+                f"{component.name} of the model is a {kind}; this worker runs {component.kind}"
+            )
+    return configs
+
+
+def sizes(folder: Path, settings: Settings, dtype: torch.dtype) -> dict[Precision, Sizes]:
+    """What each component's weights would take, in bytes, at each precision."""
+
+    def size(component: Component, precision: Precision) -> int:
+        storage = component.storage(precision, settings, dtype)
+        found = files.weight_files(folder / component.name)
+        return weights.stored_bytes(found, storage, component.rename)
+
+    return {
+        precision: Sizes(**{component.name: size(component, precision) for component in ALL})
+        for precision in FORMATS
+    }
+
+
+def shape(entry: ModelEntry, configs: dict[str, dict[str, Any]]) -> Shape:
+    """What working memory depends on: the model's widths, and a job with one reference."""
+    transformer = configs["transformer"]
+    tokens_per_picture = entry.area // 256  # 8× by the VAE and 2× by packing, per side
+    pictures = 2 if entry.max_images else 1
+    return Shape(
+        width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
+        zero_cond_t=bool(transformer.get("zero_cond_t", False)),
+        vae_base=configs["vae"]["base_dim"],
+        tokens=pictures * tokens_per_picture + 256,
+        pixels=entry.area,
+    )
