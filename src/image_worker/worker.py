@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -77,60 +77,70 @@ class Worker:
 
     def _edit(self, request: EditRequest, progress: Progress | None) -> dict[str, Any]:
         clock = _Clock()
-        steps = request.num_inference_steps or self.model.steps
-        cfg_scale = self._cfg_scale(request)
-        guided = cfg_scale > 1
-        check_steps(self.model.sampler, steps)
-        conditions.check_prompt(self.model, request.prompt, "prompt")
-        if request.negative_prompt is not None:
-            conditions.check_prompt(self.model, request.negative_prompt, "negative_prompt")
+        self._check(request)
         with clock("fetch", on_card=False):
             images = load_images(request.sources)
-        width, height = self._size(request, images)
-        with self._card, _memory_errors(width, height):
-            with clock("encode"):
-                negative = (request.negative_prompt or " ") if guided else None
-                encoded = conditions.encode(self.model, request.prompt, negative, images)
-            with clock("denoise"):
-                pictures = [
-                    start(
-                        self.model,
-                        encoded,
-                        width=width,
-                        height=height,
-                        seed=seed,
-                        steps=steps,
-                        cfg_scale=cfg_scale,
-                    )
-                    for seed in request.seeds
-                ]
-                denoise(self.model, pictures, progress)
-            with clock("decode"):
-                results = [decode(self.model, picture) for picture in pictures]
+        size = self._size(request, images)
+        with self._card, _memory_errors(*size):
+            results = self._make(request, images, size, clock, progress)
             cold_start = self._once()
-        encoded_pictures = [
+        files = [
             encode_image(result, request.output_format, request.encoder_quality)
             for result in results
         ]
-        facts = {
+        return success(files, self._facts(request, size, files) | clock.facts() | cold_start)
+
+    def _check(self, request: EditRequest) -> None:
+        """What only the model can tell of a request, before anything is fetched."""
+        check_steps(self.model.sampler, self._steps(request))
+        conditions.check_prompt(self.model, request.prompt, "prompt")
+        if request.negative_prompt is not None:
+            conditions.check_prompt(self.model, request.negative_prompt, "negative_prompt")
+
+    def _make(
+        self,
+        request: EditRequest,
+        images: list[Image.Image],
+        size: tuple[int, int],
+        clock: _Clock,
+        progress: Progress | None,
+    ) -> list[Image.Image]:
+        """The card's part: conditions, latents, pictures."""
+        cfg_scale = self._cfg_scale(request)
+        with clock("encode"):
+            negative = (request.negative_prompt or " ") if cfg_scale > 1 else None
+            encoded = conditions.encode(self.model, request.prompt, negative, images)
+        with clock("denoise"):
+            steps = self._steps(request)
+            pictures = [
+                start(self.model, encoded, size, seed=seed, steps=steps, cfg_scale=cfg_scale)
+                for seed in request.seeds
+            ]
+            denoise(self.model, pictures, progress)
+        with clock("decode"):
+            return [decode(self.model, picture) for picture in pictures]
+
+    def _facts(
+        self, request: EditRequest, size: tuple[int, int], files: list[str]
+    ) -> dict[str, Any]:
+        """How the pictures were made."""
+        return {
             "prompt": request.prompt,
             "seed": request.seed,
             "seeds": request.seeds,
-            "num_inference_steps": steps,
+            "num_inference_steps": self._steps(request),
             "lightning_enabled": self.model.lightning_steps is not None,
-            "true_cfg_scale": cfg_scale,
-            "width": width,
-            "height": height,
+            "true_cfg_scale": self._cfg_scale(request),
+            "width": size[0],
+            "height": size[1],
             "output_format": request.output_format,
             "model": self.entry.name,
             "precision": self.model.plan.precision,
-            "timings": clock.seconds(),
-            "warnings": [
-                *self._warnings(request, steps, cfg_scale),
-                *size_warnings(encoded_pictures),
-            ],
+            "warnings": self._warnings(request) + size_warnings(files),
         }
-        return success(encoded_pictures, facts | cold_start)
+
+    def _steps(self, request: EditRequest) -> int:
+        return request.num_inference_steps or self.model.steps
 
     def _cfg_scale(self, request: EditRequest) -> float:
         if request.true_cfg_scale is not None:
@@ -151,9 +161,10 @@ class Worker:
                 )
         return width, height
 
-    def _warnings(self, request: EditRequest, steps: int, cfg_scale: float) -> list[str]:
+    def _warnings(self, request: EditRequest) -> list[str]:
         """What was done as asked but is likely not what was meant."""
         warnings = []
+        steps, cfg_scale = self._steps(request), self._cfg_scale(request)
         trained = self.model.lightning_steps
         if trained and cfg_scale > 1:
             warnings.append("Lightning is made for true_cfg_scale 1; more may burn the colours")
@@ -174,7 +185,7 @@ def warm_up(model: Model) -> None:
     side = model.entry.min_side
     images = [Image.new("RGB", (side, side), "gray")] if model.entry.max_images else []
     encoded = conditions.encode(model, "warm up", None, images)
-    picture = start(model, encoded, width=side, height=side, seed=0, steps=2, cfg_scale=1.0)
+    picture = start(model, encoded, (side, side), seed=0, steps=2, cfg_scale=1.0)
     denoise(model, [picture])
     decode(model, picture)
 
@@ -194,9 +205,9 @@ class _Clock:
             torch.cuda.synchronize()  # or the next stage would be billed for this one's work
         self._stages[stage] = time.perf_counter() - start
 
-    def seconds(self) -> dict[str, float]:
+    def facts(self) -> dict[str, Any]:
         stages = self._stages | {"total": time.perf_counter() - self._start}
-        return {stage: round(seconds, 4) for stage, seconds in stages.items()}
+        return {"timings": {stage: round(seconds, 4) for stage, seconds in stages.items()}}
 
 
 @contextmanager
@@ -213,6 +224,3 @@ def _memory_errors(width: int, height: int) -> Iterator[None]:
             f"{width}x{height} with these pictures needs more memory than the card has left; "
             "use a smaller size, fewer pictures, or num_images 1"
         ) from error
-
-
-Handler = Callable[[Mapping[str, Any]], dict[str, Any]]

@@ -23,7 +23,7 @@ from tests.conftest import MINI, MINI_FOLDER, build_mini, make_picture, mini_mod
 from tests.pictures import psnr
 
 PROMPT = "make the red circle blue"
-SIZE = {"width": 160, "height": 128}
+SIZE = (160, 128)
 LATENT_TOLERANCE = 1e-5  # float32, largest absolute difference
 PICTURE_PSNR = 50.0  # bf16, dB
 
@@ -33,7 +33,7 @@ def ours(
 ) -> tuple[torch.Tensor, Image.Image]:
     negative = " " if cfg_scale > 1 else None
     encoded = conditions.encode(model, PROMPT, negative, images)
-    picture = start(model, encoded, **SIZE, seed=seed, steps=steps, cfg_scale=cfg_scale)
+    picture = start(model, encoded, SIZE, seed=seed, steps=steps, cfg_scale=cfg_scale)
     denoise(model, [picture])
     return picture.latents, decode(model, picture)
 
@@ -57,7 +57,8 @@ def assert_equal(
         "true_cfg_scale": cfg_scale,
         "num_inference_steps": 8,
         "seed": 7,
-        **SIZE,
+        "width": SIZE[0],
+        "height": SIZE[1],
     }
     if model.dtype == torch.float32:
         expected = upstream.edit(pipeline, MINI, images, monkeypatch, "latent", **options)
@@ -115,7 +116,8 @@ def test_text_to_image(dtype: torch.dtype, cfg_scale: float) -> None:
             num_inference_steps=6,
             generator=torch.Generator("cpu").manual_seed(3),
             output_type=output_type,
-            **SIZE,
+            width=SIZE[0],
+            height=SIZE[1],
         ).images[0]
 
     if dtype == torch.float32:

@@ -27,12 +27,10 @@ def make(model: Any, number: int) -> Picture:
     images = [make_picture(90 + 20 * number, 128, seed) for seed in range(job["references"])]
     negative = "ugly" if cfg_scale > 1 else None
     encoded = conditions.encode(model, job["prompt"], negative, images)
-    width, height = job["size"]
     return start(
         model,
         encoded,
-        width=width,
-        height=height,
+        job["size"],
         seed=number,
         steps=job.get("steps", 5),
         cfg_scale=cfg_scale,
@@ -77,7 +75,9 @@ def test_progress_counts_the_longest() -> None:
 def test_the_seed_decides() -> None:
     model = mini_model(torch.float32)
     encoded = conditions.encode(model, "blur it", None, [make_picture()])
-    options = {"width": 64, "height": 64, "steps": 2, "cfg_scale": 1.0}
-    first, same, other = (start(model, encoded, seed=seed, **options) for seed in (1, 1, 2))
+    options = {"steps": 2, "cfg_scale": 1.0}
+    first, same, other = (
+        start(model, encoded, (64, 64), seed=seed, **options) for seed in (1, 1, 2)
+    )
     assert torch.equal(first.latents, same.latents)
     assert not torch.equal(first.latents, other.latents)

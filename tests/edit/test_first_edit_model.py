@@ -23,7 +23,7 @@ def test_equals_the_stock_pipeline(monkeypatch: Any) -> None:
     image = make_picture(140, 100)
     encoded = conditions.encode(model, "blur the scene", None, [image])
     width, height = 160, 96
-    picture = start(model, encoded, width=width, height=height, seed=5, steps=6, cfg_scale=1.0)
+    picture = start(model, encoded, (width, height), seed=5, steps=6, cfg_scale=1.0)
     denoise(model, [picture])
 
     parts = upstream.components(MINI_FOLDER, torch.float32)

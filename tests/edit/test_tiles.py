@@ -37,7 +37,7 @@ def test_one_jobs_tiles_do_not_change_the_next_job() -> None:
     image = make_picture()
     before = conditions.encode(model, "blur it", None, [image])
     options = {"seed": 1, "steps": 2, "cfg_scale": 1.0}
-    picture = start(model, before, width=640, height=640, **options)
+    picture = start(model, before, (640, 640), **options)
     tiled = decode(model, picture)
     whole = decode(with_room_for(None), picture)
     assert tiled.size == whole.size and tiled.tobytes() != whole.tobytes()

@@ -79,7 +79,7 @@ def test_quantize_components_text_leaves_the_transformer_alone() -> None:
 def test_the_picture_stays_near_bf16s(precision: str, least: float) -> None:
     def edit(model: Model) -> Any:
         encoded = conditions.encode(model, "make it blue", None, [make_picture()])
-        picture = start(model, encoded, width=128, height=128, seed=1, steps=8, cfg_scale=1.0)
+        picture = start(model, encoded, (128, 128), seed=1, steps=8, cfg_scale=1.0)
         denoise(model, [picture])
         return decode(model, picture)
 

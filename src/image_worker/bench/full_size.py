@@ -168,7 +168,7 @@ def working_memory(worker: Any) -> dict[str, float]:
     model = worker.model
     request = EditRequest.parse(job(0), model.entry)
     encoded = conditions.encode(model, request.prompt, None, load_images(request.sources))
-    picture = start(model, encoded, width=1024, height=1024, seed=0, steps=2, cfg_scale=1.0)
+    picture = start(model, encoded, (1024, 1024), seed=0, steps=2, cfg_scale=1.0)
     tokens = len(picture.latents) + len(encoded.references) + len(encoded.text)
     peaks = []
     for name, work in (

@@ -46,19 +46,20 @@ class Picture:
 def start(
     model: Model,
     conditions: Conditions,
+    size: tuple[int, int],
     *,
-    width: int,
-    height: int,
     seed: int,
     steps: int,
     cfg_scale: float,
 ) -> Picture:
-    """A picture of pure noise. The same seed gives the noise that diffusers draws on the CPU.
+    """A picture of pure noise, of `size` (width, height) in pixels.
+
+    The same seed gives the noise that diffusers draws on the CPU, so the picture is diffusers' too.
 
     Raises:
         InvalidRequest: the step count is impossible with the model's schedule.
     """
-    shape = tokens(width, height)
+    shape = tokens(*size)
     _, rows, columns = shape
     levels = sigmas(model.sampler, steps, rows * columns)
     channels = model.transformer.config.in_channels // 4
