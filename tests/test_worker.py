@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 
 from image_worker.edit import denoise as denoise_module
-from image_worker.errors import DoesNotFit
+from image_worker.errors import BrokenPicture, DoesNotFit
 from image_worker.job.response import size_warnings
 from image_worker.settings import Settings
 from image_worker.worker import Worker
@@ -95,6 +97,58 @@ def test_what_is_likely_not_meant_is_said(worker: Worker) -> None:
     assert len(reply["warnings"]) == 2
     reply = worker.run(job(num_inference_steps=8, negative_prompt="ugly"))
     assert len(reply["warnings"]) == 1
+
+
+def test_guidance_and_negative_prompt_reach_the_picture(worker: Worker) -> None:
+    def edit(**options: Any) -> Any:
+        return worker.run(job(seed=1, **options))["images"]
+
+    plain, guided = edit(), edit(true_cfg_scale=4.0)
+    assert plain != guided
+    assert edit(true_cfg_scale=4.0, negative_prompt=" ") == guided, "the default is a space"
+    assert edit(true_cfg_scale=4.0, negative_prompt="ugly") != guided
+    assert edit(negative_prompt="ugly") == plain
+
+
+def test_the_default_guidance_can_be_set() -> None:
+    settings = Settings.from_env({"MODEL": "mini", "DEFAULT_CFG_SCALE": "2.5"})
+    guided = Worker.from_settings(settings)
+    assert guided.run(job())["true_cfg_scale"] == 2.5
+    assert guided.run(job(true_cfg_scale=1.0))["true_cfg_scale"] == 1.0
+
+
+def test_the_last_picture_gives_the_shape(worker: Worker) -> None:
+    pair = [as_base64(make_picture(100, 200)), as_base64(make_picture(200, 100))]
+    reply = worker.run(job(image_base64=None, images=pair))
+    assert (reply["width"], reply["height"]) == (192, 96)
+
+
+def test_one_job_at_a_time_has_the_card(worker: Worker, monkeypatch: Any) -> None:
+    stock, busy, most = denoise_module.velocities, [], []
+
+    def counting(module: Any, rows: Any) -> Any:
+        busy.append(1)
+        most.append(len(busy))
+        time.sleep(0.01)
+        found = stock(module, rows)
+        busy.pop()
+        return found
+
+    monkeypatch.setattr(denoise_module, "velocities", counting)
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda seed: worker.run(job(seed=seed)), [1, 1, 1, 2]))
+    assert max(most) == 1
+    pictures = [reply["images"] for reply in replies]
+    assert pictures[0] == pictures[1] == pictures[2] != pictures[3]
+
+
+def test_a_model_that_cannot_edit_prevents_the_start(monkeypatch: Any) -> None:
+    def fail(_: Any) -> None:
+        raise BrokenPicture("overflow")
+
+    monkeypatch.setattr("image_worker.worker.warm_up", fail)
+    with pytest.raises(BrokenPicture):
+        Worker.from_settings(Settings.from_env({"MODEL": "mini"}))
 
 
 @pytest.mark.parametrize(("form", "pillow"), [("jpeg", "JPEG"), ("webp", "WEBP"), ("png", "PNG")])
@@ -257,7 +311,17 @@ def test_numbers_that_overflow_are_no_picture(worker: Worker, monkeypatch: Any) 
         return [velocity * float("inf") for velocity in stock(module, rows)]
 
     monkeypatch.setattr(denoise_module, "velocities", overflow)
-    assert worker.run(job())["error"]["type"] == "broken_picture"
+    error = worker.run(job())["error"]
+    assert error["type"] == "broken_picture" and "the model's numbers" in error["message"]
+
+
+def test_a_vae_that_overflows_makes_no_picture(worker: Worker, monkeypatch: Any) -> None:
+    def overflow(latents: Any, **_: Any) -> Any:
+        return (torch.full((1, 3, 1, 128, 128), float("nan")),)
+
+    monkeypatch.setattr(worker.model.vae, "decode", overflow)
+    error = worker.run(job())["error"]
+    assert error["type"] == "broken_picture" and "VAE" in error["message"]
 
 
 def test_an_answer_that_runpod_may_drop_is_told() -> None:

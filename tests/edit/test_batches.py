@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from image_worker.edit import conditions
-from image_worker.edit.denoise import Picture, denoise, start
+from image_worker.edit.denoise import Picture, _shares, denoise, start
 from image_worker.model import transformer
-from tests.conftest import make_picture, mini_model
+from tests.conftest import build_mini, make_picture, mini_model
+from tests.edit.test_against_upstream import zero_cond_entry
 
 JOBS: tuple[dict[str, Any], ...] = (
     {"prompt": "make the red circle blue", "references": 1, "size": (128, 128), "steps": 4},
@@ -48,6 +50,44 @@ def test_four_different_jobs_equal_each_alone(max_tokens: int | None) -> None:
         denoise(model, [alone])
         assert picture.done
         assert (picture.latents - alone.latents).abs().max() <= 1e-4
+
+
+def test_equal_prompts_with_different_sizes() -> None:
+    model = mini_model(torch.float32)
+    encoded = conditions.encode(model, "blur it", None, [make_picture()])
+
+    def make_one(size: tuple[int, int]) -> Picture:
+        return start(model, encoded, size, seed=1, steps=3, cfg_scale=1.0)
+
+    sizes = ((128, 128), (64, 96))
+    together = [make_one(size) for size in sizes]
+    denoise(model, together)
+    for picture, size in zip(together, sizes, strict=True):
+        alone = make_one(size)
+        denoise(model, [alone])
+        assert (picture.latents - alone.latents).abs().max() <= 1e-4
+
+
+def test_zero_cond_t_in_a_batch_of_different_sizes(tmp_path: Path) -> None:
+    model = build_mini(torch.float32, zero_cond_entry(tmp_path))
+    together = [make(model, number) for number in range(3)]
+    denoise(model, together)
+    for number, picture in enumerate(together):
+        alone = make(model, number)
+        denoise(model, [alone])
+        assert (picture.latents - alone.latents).abs().max() <= 1e-4
+
+
+def test_no_forward_is_larger_than_fits() -> None:
+    def row(image: int, text: int) -> transformer.Row:
+        return transformer.Row(torch.empty(image, 1), ((1, 1, image),), torch.empty(text, 1), 1.0)
+
+    rows = [row(10, 2), row(10, 2), row(30, 2), row(10, 2), row(100, 2)]
+    assert [len(share) for share in _shares(rows, None)] == [5]
+    # 24 tokens fit twice; with the long row, all are padded to 32.
+    assert [len(share) for share in _shares(rows, 64)] == [2, 2, 1]
+    assert [len(share) for share in _shares(rows, 63)] == [2, 1, 1, 1]
+    assert [row for share in _shares(rows, 40) for row in share] == rows
 
 
 def test_rows_share_forwards(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
 
 from image_worker.catalog import LIGHTNING_SAMPLER, Sampler
+from image_worker.edit.denoise import euler_step
 from image_worker.edit.schedule import sigmas
 from image_worker.errors import InvalidRequest
 from tests import upstream
@@ -44,6 +46,18 @@ def test_equals_diffusers(lightning: bool, steps: int, tokens: int) -> None:
 def test_lightnings_levels(steps: int, levels: list[float]) -> None:
     for tokens in (64, 4096):
         assert sigmas(LIGHTNING_SAMPLER, steps, tokens) == pytest.approx(levels, abs=1e-4)
+
+
+def test_a_step_rounds_as_diffusers_does() -> None:
+    scheduler = upstream.lightning_scheduler()
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 8, 8), mu=1.0)
+    levels = [float(level) for level in scheduler.sigmas]
+    generator = torch.Generator().manual_seed(0)
+    latents, velocity = (torch.randn(5000, generator=generator).bfloat16() for _ in range(2))
+    for number in range(8):
+        expected = scheduler.step(velocity, scheduler.timesteps[number], latents).prev_sample
+        latents = euler_step(latents, velocity, levels[number], levels[number + 1])
+        assert torch.equal(latents, expected)
 
 
 def test_one_step_with_a_terminal_level_is_refused() -> None:

@@ -137,6 +137,7 @@ def test_each_picture_has_its_seed() -> None:
 
 
 def test_the_log_holds_no_prompt_and_no_picture() -> None:
-    text = str(summary(EditRequest.parse(GOOD | {"seed": 5}, EDIT)))
-    assert "blur" not in text and "aGVsbG8" not in text
+    given = GOOD | {"seed": 5, "negative_prompt": "ugly"}
+    text = str(summary(EditRequest.parse(given, EDIT)))
+    assert "blur" not in text and "ugly" not in text and "aGVsbG8" not in text
     assert "'seed': 5" in text

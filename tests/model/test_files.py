@@ -163,6 +163,24 @@ def test_another_revision_in_the_cache_is_named(
     assert "0123abcd" in caplog.text
 
 
+def test_an_adapter_is_asked_for_by_its_commit(tmp_path: Path, monkeypatch: Any) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def note(repo: str, path: str, **options: Any) -> str:
+        asked.append({"repo": repo, "path": path, **options})
+        return "there"
+
+    monkeypatch.setattr(files, "hf_hub_download", note)
+    file = ENTRY.lightning[4]
+    assert files.find_adapter(file, settings(model_dir=tmp_path)) == Path("there")
+    found = asked[-1]
+    assert (found["repo"], found["path"], found["revision"]) == (
+        file.repo,
+        file.path,
+        file.revision,
+    )
+
+
 def test_a_missing_adapter_is_refused() -> None:
     with pytest.raises(ModelUnavailable, match="is missing"):
         files.find_adapter(HubFile(str(MINI_FOLDER), "loras/none.safetensors"), settings())

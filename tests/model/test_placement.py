@@ -91,6 +91,23 @@ def test_room_decides_how_much_shares_a_forward_and_when_to_tile() -> None:
     assert tight.max_tokens >= SHAPE.tokens, "one row must always be possible"
 
 
+@pytest.mark.parametrize("free", [11.5, 23, 139])
+def test_what_is_planned_fits(free: float) -> None:
+    found = decide(free, precision_mode="4bit")
+    resident = SIZES["4bit"].total if found.offload == "none" else SIZES["4bit"].transformer
+    # 24 bytes a token and 14 a pixel, per unit of width, were measured at full size.
+    assert resident + found.max_tokens * 24 * 3072 <= free * GIB
+    kept = SIZES["4bit"].total if found.offload == "none" else SIZES["4bit"].vae
+    assert kept + found.max_pixels * 14 * 96 <= free * GIB
+
+
+def test_a_text_encoder_that_does_not_fit_counts() -> None:
+    large = Sizes(text_encoder=12 * GIB, transformer=GIB, vae=0)
+    settings = Settings.from_env({"PRECISION_MODE": "4bit"})
+    with pytest.raises(DoesNotFit):
+        plan(settings, {"4bit": large}, SHAPE, Hardware("card", 11 * GIB))
+
+
 def test_the_cpu_has_no_limits() -> None:
     found = decide(None)
     assert (found.precision, found.offload) == ("bf16", "none")

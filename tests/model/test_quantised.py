@@ -87,6 +87,13 @@ def test_the_picture_stays_near_bf16s(precision: str, least: float) -> None:
     assert psnr(edit(mini_model(torch.bfloat16, precision_mode=precision)), exact) >= least
 
 
+def test_layers_compute_as_told() -> None:
+    weight = torch.randn(64, 64).bfloat16()
+    nf4, int8 = (FORMATS[name] for name in ("4bit", "8bit"))  # type: ignore[index]
+    assert nf4.encode(weight, False, torch.float16).compute_dtype == torch.float16
+    assert int8.encode(weight, False, torch.float16).state.threshold == 6.0
+
+
 def test_nf4_is_bitsandbytes_own() -> None:
     weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     form = FORMATS["4bit"]

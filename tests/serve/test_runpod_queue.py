@@ -16,7 +16,7 @@ import pytest
 import requests
 from runpod.serverless.modules.rp_job import run_job
 
-from image_worker.serve.runpod_queue import for_sdk
+from image_worker.serve.runpod_queue import for_sdk, serve
 from image_worker.settings import Settings
 from image_worker.worker import Worker
 from tests.worker_jobs import job
@@ -47,6 +47,30 @@ def test_an_error_is_posted_as_text_that_holds_json(worker: Worker) -> None:
     posted = through_the_sdk(worker, job(seed="x"))
     assert set(posted) == {"error"}
     assert json.loads(posted["error"])["field"] == "seed"
+
+
+def test_the_event_loop_runs_on_while_a_job_does(monkeypatch: Any) -> None:
+    class Slow:
+        def run(self, _: Any) -> dict[str, Any]:
+            time.sleep(0.3)
+            return {"images": []}
+
+    configs: list[dict[str, Any]] = []
+    monkeypatch.setattr("runpod.serverless.start", configs.append)
+    monkeypatch.setattr(sys, "argv", ["handler.py"])
+    settings = Settings.from_env({"STANDALONE_MODE": "1", "API_HOST": "127.0.0.9"})
+    serve(Slow(), settings)  # type: ignore[arg-type]
+    assert sys.argv[-4:] == ["--rp_api_host", "127.0.0.9", "--rp_api_port", "8000"]
+
+    async def beats() -> int:
+        task = asyncio.create_task(configs[0]["handler"]({"id": "1", "input": {}}))
+        count = 0
+        while not task.done():
+            await asyncio.sleep(0.01)
+            count += 1
+        return count
+
+    assert asyncio.run(beats()) >= 5
 
 
 def test_standalone_mode_serves_http(tmp_path: Path) -> None:

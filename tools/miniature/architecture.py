@@ -42,8 +42,9 @@ def vae() -> AutoencoderKLQwenImage:
         dim_mult=[1, 2, 3, 3],
         num_res_blocks=1,
         temperal_downsample=[False, False, False],
-        latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
+        # Any values but 0 and 1, so that a test sees whether they are applied.
+        latents_mean=[0.1 * (channel % 5 - 2) for channel in range(LATENT_CHANNELS)],
+        latents_std=[0.7 + 0.05 * channel for channel in range(LATENT_CHANNELS)],
     )
 
 
