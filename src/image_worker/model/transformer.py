@@ -38,7 +38,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Packed:
+class Packed:
     """Rows padded to one length. B rows, S image tokens, T text tokens, D half the head size.
 
     image (B, S, C); text (B, T, W); timestep (B); ropes complex (B, S, D) and (B, T, D);
@@ -61,11 +61,11 @@ def velocities(transformer: Any, rows: Sequence[Row]) -> list[Tensor]:
     transformer: a `QwenImageTransformer2DModel`; rows: at least one, on its device, in its type.
     """
     packed = _pack(transformer, rows)
-    output = _forward(transformer, packed)
+    output = forward(transformer, packed)
     return [output[i, : row.target_tokens] for i, row in enumerate(rows)]
 
 
-def _pack(transformer: Any, rows: Sequence[Row]) -> _Packed:
+def _pack(transformer: Any, rows: Sequence[Row]) -> Packed:
     device, dtype = rows[0].image.device, rows[0].image.dtype
     ropes = [
         transformer.pos_embed([list(row.shapes)], device=device, max_txt_seq_len=row.text.shape[0])
@@ -80,7 +80,7 @@ def _pack(transformer: Any, rows: Sequence[Row]) -> _Packed:
         mask = mask[:, None, None, :]
     positions = torch.arange(max(image_lengths), device=device)
     targets = torch.tensor([row.target_tokens for row in rows], device=device)
-    return _Packed(
+    return Packed(
         image=_pad([row.image for row in rows]),
         text=_pad([row.text for row in rows]),
         # As the stock pipeline rounds it: to the model's type as 0..1000, then divided.
@@ -104,7 +104,7 @@ def _pad(tensors: list[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
 
 
-def _forward(model: Any, rows: _Packed) -> Tensor:
+def forward(model: Any, rows: Packed) -> Tensor:
     image = model.img_in(rows.image)
     text = model.txt_in(model.txt_norm(rows.text))
     temb = model.time_text_embed(rows.timestep, image)
@@ -117,7 +117,7 @@ def _forward(model: Any, rows: _Packed) -> Tensor:
 
 
 def _block(
-    block: Any, text: Tensor, image: Tensor, temb: Tensor, clean: Tensor | None, rows: _Packed
+    block: Any, text: Tensor, image: Tensor, temb: Tensor, clean: Tensor | None, rows: Packed
 ) -> tuple[Tensor, Tensor]:
     image_mod = block.img_mod(temb)[:, None]
     if clean is not None:
@@ -146,7 +146,7 @@ def _block(
     return text, image
 
 
-def _attention(attn: Any, image: Tensor, text: Tensor, rows: _Packed) -> tuple[Tensor, Tensor]:
+def _attention(attn: Any, image: Tensor, text: Tensor, rows: Packed) -> tuple[Tensor, Tensor]:
     """Joint attention over [text, image]: (B, S, width) and (B, T, width) in and out."""
 
     def heads(x: Tensor) -> Tensor:

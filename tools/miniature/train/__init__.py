@@ -1,0 +1,1 @@
+"""Trains the miniature on one GPU: `python -m tools.miniature.train RUN_FOLDER`."""
