@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests tools handler.py
 
-.PHONY: run test check format test-gpu bench miniature image clean
+.PHONY: run test check format test-gpu bench bench-quality miniature image clean
 
 run: $(VENV)/run.stamp  ## set up, and edit one picture (on the miniature where there is no GPU)
 	$(BIN)/python handler.py --test_input "$$(cat test_input.json)"
@@ -30,8 +30,12 @@ test-gpu: $(VENV)/dev.stamp  ## the tests that need a CUDA card (full size: 80 G
 bench: $(VENV)/dev.stamp  ## cold start, memory and speed at full size, on a CUDA card
 	$(BIN)/python -m image_worker.bench.full_size bench-checkpoint
 
-miniature: $(VENV)/dev.stamp  ## build the embedded miniature again from its seed
-	$(BIN)/python -m tools.miniature.build src/image_worker/miniature
+bench-quality: $(VENV)/dev.stamp  ## which held-out edits the miniature passes, per precision and sampler
+	$(BIN)/python -m tools.miniature.quality bench-quality
+
+miniature: $(VENV)/dev.stamp  ## train the embedded miniature again, on a CUDA card (about 22 minutes)
+	$(BIN)/python -m tools.miniature.train miniature-run
+	$(BIN)/python -m tools.miniature.package miniature-run src/image_worker/miniature
 
 image:  ## the linux/amd64 container
 	./build.sh

@@ -230,6 +230,7 @@ CATALOG: Mapping[str, ModelEntry] = {
             min_side=64,
             max_side=512,
             steps=20,
+            cfg_scale=1.0,  # edits with one right answer gain nothing from guidance
             lightning=_lightning(
                 str(_MINIATURE), "loras/miniature-lightning-{steps}steps-{version}-bf16.safetensors"
             ),

@@ -10,8 +10,9 @@ both such a pair and at such a position, and is asked for in such a wording.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import sub
 from random import Random
 
 from tools.miniature.scenes import (
@@ -38,11 +39,13 @@ FILTERS = ("none", "grayscale", "invert", "brighten", "darken", "blur", "mirror"
 class Edit:
     """One edit. The answer is `after`, drawn, and then `filter` applied.
 
-    reference: the second picture, for the kinds that have one.
+    blanks: the values of the wordings' blanks; reference: the second picture, for the kinds that
+    have one.
     """
 
     kind: str
     instruction: str
+    blanks: Mapping[str, str]
     before: Scene
     after: Scene
     filter: str = "none"
@@ -75,7 +78,8 @@ def random_edit(random: Random, kind: str, split: Split) -> Edit:
         if draft and all(scene.sound for scene in draft.scenes) and _belongs(draft, split):
             return Edit(
                 kind,
-                _words(random, kind, split, draft.blanks),
+                instruction(random, kind, split, draft.blanks),
+                draft.blanks,
                 draft.before,
                 draft.after,
                 draft.filter,
@@ -97,9 +101,13 @@ def _belongs(draft: _Draft, split: Split) -> bool:
     return subject.pair in HELD_OUT_PAIRS and (named or held_out_position(subject.x, subject.y))
 
 
-def _words(random: Random, kind: str, split: Split, blanks: dict[str, str]) -> str:
+def instruction(
+    random: Random, kind: str, split: Split, blanks: Mapping[str, str], *, added: bool = True
+) -> str:
+    """A sentence that asks for an edit; in training without the added wordings, if told so."""
     wording = WORDINGS[kind]
-    text = random.choice(wording.train if split == "train" else wording.held_out).format(**blanks)
+    known = wording.train + wording.added if added else wording.train
+    text = random.choice(known if split == "train" else wording.held_out).format(**blanks)
     if random.random() < 0.3 and not text.startswith(("the ", "I ", "at ", "there ")):
         text = random.choice(OPENINGS) + text
     if random.random() < 0.3:
@@ -184,9 +192,11 @@ def _add(random: Random) -> _Draft:
     return _Draft(scene, after, thing, {"new": " ".join(thing.pair), "place": place})
 
 
-def _ground(random: Random) -> _Draft:
+def _ground(random: Random) -> _Draft | None:
     scene = random_scene(random)
     name = _other(random, (*COLOURS, *NEUTRALS), scene.ground.name)
+    if max(map(abs, map(sub, scene.ground.first, colour(name)))) < 0.1:
+        return None  # a gradient that starts with this colour, and may be it all over
     ground = Ground("flat", colour(name), colour(name), name)
     return _about_all(random, scene, replace(scene, ground=ground), {"colour": name})
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen2VLImageProcessorPil
 
 from tools.miniature import architecture, tokenizer
 
@@ -43,7 +42,7 @@ def main() -> None:
     for name, model in {
         "text_encoder": text,
         "transformer": transformer,
-        "vae": _vae(run),
+        "vae": whole_vae(run),
     }.items():
         model.to(torch.bfloat16).save_pretrained(folder / name)
     (folder / "loras").mkdir(exist_ok=True)
@@ -53,7 +52,7 @@ def main() -> None:
     print(f"{folder}: {size / 1e6:.1f} MB")
 
 
-def _vae(run: Path) -> Any:
+def whole_vae(run: Path) -> Any:
     """The full autoencoder with the folded one's weights; slices for other frames are zeros."""
     statistics = {
         name: [round(value, 4) for value in values.tolist()]

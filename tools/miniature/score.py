@@ -5,7 +5,8 @@ An edit passes when all three hold:
     change  what should change did: over the pixels that differ between picture and answer, the
             result is at least 2.5 times nearer to the answer than the unedited picture is
     colour  over the same pixels, no channel of the mean colour is off by more than 0.1 of its range
-    kept    everything else stayed: 25 dB PSNR to the answer or better outside of those pixels
+    kept    everything else stayed: 25 dB PSNR to the answer or better outside of those pixels, and
+            over the whole picture where all of it was to change
 
 All pictures are (B, 3, H, W) in [0, 1].
 """
@@ -30,7 +31,7 @@ _MARGIN = 2  # pixels around those that count with them: edges are soft
 @dataclass(frozen=True)
 class Verdict:
     """change: the share of the way to the answer that is left, 0 is best, 1 is the input;
-    colour: the largest error of a channel's mean; kept: dB, infinite where all was to change."""
+    colour: the largest error of a channel's mean; kept: dB."""
 
     change: float
     colour: float
@@ -52,8 +53,9 @@ def judge(before: Tensor, answers: Tensor, results: Tensor) -> list[Verdict]:
     left = _rms(results - answers, changing) / _rms(before - answers, changing)
     colours = [_mean(pictures, differs) for pictures in (results, answers)]
     off = (colours[0] - colours[1]).abs().amax(1)
-    kept = -20 * torch.log10(_rms(results - answers, 1 - changing).clamp(min=1e-5))
-    kept[changing.mean((1, 2, 3)) > 0.98] = torch.inf
+    everything = changing.mean((1, 2, 3), keepdim=True) > 0.98
+    staying = torch.where(everything, 1, 1 - changing)
+    kept = -20 * torch.log10(_rms(results - answers, staying).clamp(min=1e-5))
     return [
         Verdict(*values) for values in zip(*(x.tolist() for x in (left, off, kept)), strict=True)
     ]

@@ -1,5 +1,5 @@
-"""The miniature's tokenizer: a byte-level BPE in which every word of the prompt templates and of the
-training instructions is one token.
+"""The miniature's tokenizer: a byte-level BPE in which every word of the prompt templates and
+of the training instructions is one token.
 
 The templates matter because a fixed number of tokens (64 or 34) is dropped after encoding: that
 number must hold for this vocabulary as it does for Qwen's.

@@ -11,10 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Wording:
-    """Sentences for one kind of edit. The held-out ones appear in no training instruction."""
+    """Sentences for one kind of edit. The held-out ones appear in no training instruction.
+
+    added: training wordings that came after the shipped model's training, and were taught to its
+    text encoder alone (`train/wordings.py`). They use only words of the others, so that the
+    tokenizer stays what it is.
+    """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
+    added: tuple[str, ...] = ()
 
 
 WORDINGS: dict[str, Wording] = {
@@ -36,6 +42,13 @@ WORDINGS: dict[str, Wording] = {
             "I want {thing} {colour}",
             "make the colour of {thing} {colour}",
         ),
+        (
+            "let {thing} be {colour}",
+            "set {thing} to {colour}",
+            "turn the colour of {thing} into {colour}",
+            "use {colour} to paint {thing}",
+            "show {thing} in {colour}",
+        ),
     ),
     "remove": Wording(
         (
@@ -51,6 +64,14 @@ WORDINGS: dict[str, Wording] = {
             "erase {thing} from the image",
         ),
         ("delete {thing} from the picture", "I want {thing} gone", "take {thing} out of the image"),
+        (
+            "take out {thing}",
+            "get {thing} out of the picture",
+            "let {thing} disappear",
+            "put {thing} away",
+            "make {thing} be gone",
+            "I want {thing} to disappear",
+        ),
     ),
     "add": Wording(
         (
@@ -69,6 +90,13 @@ WORDINGS: dict[str, Wording] = {
             "insert a {new} in the {place}",
             "at the {place}, draw a {new}",
             "I want a {new} at the {place}",
+        ),
+        (
+            "I want to have a {new} at the {place}",
+            "let there be a {new} at the {place}",
+            "show a {new} at the {place}",
+            "give the picture a {new} at the {place}",
+            "insert a {new} into the {place} of the image",
         ),
     ),
     "reshape": Wording(
@@ -89,6 +117,16 @@ WORDINGS: dict[str, Wording] = {
             "replace the shape of {thing} with a {shape}",
             "I want {thing} to turn into a {shape}",
         ),
+        (
+            "let {thing} turn into a {shape}",
+            "{thing} should turn into a {shape}",
+            "set the shape of {thing} to a {shape}",
+            "transform the shape of {thing} into a {shape}",
+            "I want {thing} to have the shape of a {shape}",
+            "turn {thing} to a {shape}",
+            "make the shape of {thing} a {shape}",
+            "let {thing} be a {shape}",
+        ),
     ),
     "enlarge": Wording(
         (
@@ -107,6 +145,20 @@ WORDINGS: dict[str, Wording] = {
             "I want {thing} bigger",
             "increase the scale of {thing}",
             "make the size of {thing} bigger",
+        ),
+        (
+            "increase {thing}",
+            "make {thing} grow",
+            "let {thing} grow",
+            "the size of {thing} should be larger",
+            "give {thing} a bigger size",
+            "change the size of {thing} to be bigger",
+            "make the scale of {thing} larger",
+            "give {thing} a larger scale",
+            "scale {thing} to be bigger",
+            "I want {thing} to grow",
+            "enlarge the scale of {thing}",
+            "turn the size of {thing} up",
         ),
     ),
     "shrink": Wording(
@@ -127,6 +179,20 @@ WORDINGS: dict[str, Wording] = {
             "decrease the scale of {thing}",
             "make the size of {thing} smaller",
         ),
+        (
+            "decrease {thing}",
+            "make {thing} shrink",
+            "let {thing} shrink",
+            "the size of {thing} should be smaller",
+            "give {thing} a smaller size",
+            "change the size of {thing} to be smaller",
+            "make the scale of {thing} smaller",
+            "give {thing} a smaller scale",
+            "scale {thing} to be smaller",
+            "I want {thing} to shrink",
+            "reduce the scale of {thing}",
+            "turn the size of {thing} down",
+        ),
     ),
     "move": Wording(
         (
@@ -145,6 +211,11 @@ WORDINGS: dict[str, Wording] = {
             "slide {thing} into the {place}",
             "take {thing} to the {place}",
             "place {thing} in the {place}",
+        ),
+        (
+            "let {thing} move to the {place}",
+            "bring {thing} into the {place}",
+            "I want {thing} to be at the {place}",
         ),
     ),
     "ground": Wording(
@@ -165,6 +236,12 @@ WORDINGS: dict[str, Wording] = {
             "I want the background {colour}",
             "put a {colour} background into the picture",
         ),
+        (
+            "I want the background in {colour}",
+            "let the background be {colour}",
+            "change the background into {colour}",
+            "use {colour} in the background",
+        ),
     ),
     "gradient": Wording(
         (
@@ -181,6 +258,10 @@ WORDINGS: dict[str, Wording] = {
             "replace the background with a gradient from {colour} to {second}",
             "I want the background to be a gradient from {colour} to {second}",
         ),
+        (
+            "let the background be a gradient from {colour} to {second}",
+            "I want a gradient from {colour} to {second} in the background",
+        ),
     ),
     "swap": Wording(
         (
@@ -194,6 +275,10 @@ WORDINGS: dict[str, Wording] = {
             "I want the colours of {thing} and {other} swapped",
         ),
         ("exchange colours between {thing} and {other}", "let {thing} and {other} switch colours"),
+        (
+            "let the colours of {thing} and {other} be swapped",
+            "I want {thing} and {other} to swap colours",
+        ),
     ),
     "grayscale": Wording(
         (
@@ -209,6 +294,11 @@ WORDINGS: dict[str, Wording] = {
             "make the image monochrome",
         ),
         ("convert it to black and white", "turn the image monochrome", "desaturate everything"),
+        (
+            "turn the picture black and white",
+            "I want it monochrome",
+            "show the picture in gray",
+        ),
     ),
     "invert": Wording(
         (
@@ -222,6 +312,10 @@ WORDINGS: dict[str, Wording] = {
             "invert everything",
         ),
         ("invert the colours of the image", "make the picture a negative"),
+        (
+            "turn it into a negative",
+            "I want a negative of the picture",
+        ),
     ),
     "brighten": Wording(
         (
@@ -236,6 +330,11 @@ WORDINGS: dict[str, Wording] = {
             "I want the picture brighter",
         ),
         ("make the image lighter", "increase the brightness of the picture"),
+        (
+            "lighten the picture",
+            "let the picture be brighter",
+            "I want it lighter",
+        ),
     ),
     "darken": Wording(
         (
@@ -251,8 +350,12 @@ WORDINGS: dict[str, Wording] = {
         ),
         (
             "decrease the brightness of the image",
-            "decrease the brightness of the picture",
-            "dim the picture",
+            "turn the brightness down",
+        ),
+        (
+            "dim everything",
+            "let the image be darker",
+            "I want it darker",
         ),
     ),
     "blur": Wording(
@@ -267,7 +370,15 @@ WORDINGS: dict[str, Wording] = {
             "apply a blur",
             "make everything soft and blurry",
         ),
-        ("blur the image", "apply blur to the picture", "soften the picture"),
+        (
+            "apply blur to the picture",
+            "let everything be blurry",
+        ),
+        (
+            "let the picture be blurry",
+            "make the picture soft",
+            "I want it blurred",
+        ),
     ),
     "mirror": Wording(
         (
@@ -280,7 +391,15 @@ WORDINGS: dict[str, Wording] = {
             "make a mirror image",
             "exchange left and right",
         ),
-        ("flip the image horizontally", "mirror it", "switch left and right"),
+        (
+            "mirror it",
+            "switch left and right",
+            "flip everything horizontally",
+        ),
+        (
+            "flip the picture from left to right",
+            "let left and right swap",
+        ),
     ),
     "flip": Wording(
         (
@@ -293,7 +412,15 @@ WORDINGS: dict[str, Wording] = {
             "exchange top and bottom",
             "turn everything upside down",
         ),
-        ("flip the image vertically", "turn it upside down", "switch top and bottom"),
+        (
+            "turn it upside down",
+            "switch top and bottom",
+            "flip everything vertically",
+        ),
+        (
+            "flip the picture from top to bottom",
+            "let top and bottom swap",
+        ),
     ),
     "outline": Wording(
         (
@@ -308,6 +435,11 @@ WORDINGS: dict[str, Wording] = {
             "add a {colour} border to {thing}",
         ),
         ("give {thing} a {colour} border", "put a {colour} outline around {thing}"),
+        (
+            "let {thing} have a {colour} outline",
+            "I want {thing} with a {colour} border",
+            "make a {colour} outline around {thing}",
+        ),
     ),
     "insert": Wording(
         (
@@ -324,6 +456,10 @@ WORDINGS: dict[str, Wording] = {
             "copy the object from picture 2 to the {place} of picture 1",
             "put the shape from picture 2 at the {place} of picture 1",
         ),
+        (
+            "put the object from picture 2 into the {place} of picture 1",
+            "I want the shape of picture 2 at the {place} of picture 1",
+        ),
     ),
     "palette": Wording(
         (
@@ -337,6 +473,10 @@ WORDINGS: dict[str, Wording] = {
             "make picture 1 use the colours of picture 2",
         ),
         ("use the colours from picture 2", "paint everything in the colours of picture 2"),
+        (
+            "I want the colours of picture 2",
+            "set the colours to those of picture 2",
+        ),
     ),
 }
 

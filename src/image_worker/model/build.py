@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Recipe:
     settings: Settings
     entry: ModelEntry
     folder: Path
-    lora: Lora | None
+    loras: tuple[Lora, ...]
     device: torch.device
     dtype: torch.dtype
 
@@ -72,11 +72,13 @@ def build(
     hardware: Hardware,
     *,
     dtype: torch.dtype | None = None,
+    loras: Sequence[Path] = (),
     first_edit: Callable[[Model], None] | None = None,
 ) -> Model:
     """Walks the path. `dtype` overrides the type to compute in (tests use float32).
 
-    first_edit: tries the finished model; what cannot run fails here, before any job.
+    loras: files to merge on top of Lightning; first_edit: tries the finished model; what cannot run
+    fails here, before any job.
 
     Raises:
         OperatorError: files are missing or do not fit, a setting cannot be honoured, or the card
@@ -85,9 +87,9 @@ def build(
     cold_start = ColdStart()
     with cold_start.step("find files"):
         folder = files.find_model(entry, settings)
-        lora = _lightning(settings, entry)
+        merged = (*_lightning(settings, entry), *map(Lora.read, loras))
     dtype = dtype or _compute_dtype(settings, hardware)
-    recipe = Recipe(settings, entry, folder, lora, hardware.device, dtype)
+    recipe = Recipe(settings, entry, folder, merged, hardware.device, dtype)
 
     shape = components.shape(entry, components.read_configs(folder))
     sizes = components.sizes(folder, settings, dtype)
@@ -119,12 +121,13 @@ def build(
 
 
 def _load(recipe: Recipe, decided: Plan, sizes: Sizes, cold_start: ColdStart) -> Model:
-    entry, folder, lora = recipe.entry, recipe.folder, recipe.lora
+    entry, folder, settings = recipe.entry, recipe.folder, recipe.settings
+    lightning = settings.use_lightning_lora
     placement = Placement(recipe.device, offload=decided.offload == "model")
 
-    def load(component: Component, lora: Lora | None = None) -> nn.Module:
+    def load(component: Component, loras: Sequence[Lora] = ()) -> nn.Module:
         with cold_start.step(f"load {component.name}", getattr(sizes, component.name)):
-            module = _load_component(recipe, component, decided, lora)
+            module = _load_component(recipe, component, decided, loras)
             placement.add(component.name, module)
         return module
 
@@ -135,14 +138,14 @@ def _load(recipe: Recipe, decided: Plan, sizes: Sizes, cold_start: ColdStart) ->
         plan=decided,
         device=recipe.device,
         dtype=recipe.dtype,
-        lightning_steps=recipe.settings.lightning_steps if lora else None,
-        sampler=LIGHTNING_SAMPLER if lora else Sampler.from_config(scheduler),
+        lightning_steps=settings.lightning_steps if lightning else None,
+        sampler=LIGHTNING_SAMPLER if lightning else Sampler.from_config(scheduler),
         tokenizer=Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
         image_processor=Qwen2VLImageProcessorPil.from_pretrained(processor)
         if entry.max_images
         else None,
         text_encoder=load(components.TEXT_ENCODER),
-        transformer=load(components.TRANSFORMER, lora),
+        transformer=load(components.TRANSFORMER, recipe.loras),
         vae=load(components.VAE),
         placement=placement,
         cold_start=cold_start,
@@ -150,7 +153,7 @@ def _load(recipe: Recipe, decided: Plan, sizes: Sizes, cold_start: ColdStart) ->
 
 
 def _load_component(
-    recipe: Recipe, component: Component, decided: Plan, lora: Lora | None
+    recipe: Recipe, component: Component, decided: Plan, loras: Sequence[Lora]
 ) -> nn.Module:
     folder = recipe.folder / component.name
     module = component.empty(folder)
@@ -160,7 +163,7 @@ def _load_component(
         component.storage(decided.precision, recipe.settings, recipe.dtype),
         recipe.device,
         rename=component.rename,
-        lora=lora,
+        loras=loras,
         label=component.name,
     )
     if isinstance(module, PictureVae):
@@ -168,16 +171,16 @@ def _load_component(
     return module.eval().to(recipe.device)  # buffers, which no checkpoint holds
 
 
-def _lightning(settings: Settings, entry: ModelEntry) -> Lora | None:
+def _lightning(settings: Settings, entry: ModelEntry) -> list[Lora]:
     if not settings.use_lightning_lora:
-        return None
+        return []
     file = entry.lightning.get(settings.lightning_steps)
     if file is None:
         raise InvalidSettings(
             f"{entry.name} has no Lightning LoRA for {settings.lightning_steps} steps; "
             "set USE_LIGHTNING_LORA=0 to go without"
         )
-    return Lora.read(files.find_adapter(file, settings))
+    return [Lora.read(files.find_adapter(file, settings))]
 
 
 def _compute_dtype(settings: Settings, hardware: Hardware) -> torch.dtype:

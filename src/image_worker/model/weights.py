@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def load(
     device: torch.device,
     *,
     rename: Rename = lambda name: name,
-    lora: Lora | None = None,
+    loras: Sequence[Lora] = (),
     label: str = "",
 ) -> None:
     """Fills `module`, whose parameters are on the meta device, from safetensors `files`.
@@ -56,7 +56,7 @@ def load(
         ModelMismatch: a tensor without a place, a place without a tensor, a shape that differs, or
             a LoRA that was not merged whole.
     """
-    if lora is not None:
+    for lora in loras:
         lora.check_fits(module)
     missing = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for name, tensor in _read(files, label):
@@ -66,12 +66,12 @@ def load(
         if target not in missing:
             raise ModelMismatch(f"{label}: the checkpoint has {name}, which the model has not")
         missing.remove(target)
-        _place(module, target, tensor, storage, device, lora)
+        _place(module, target, tensor, storage, device, loras)
     if missing:
         raise ModelMismatch(
             f"{label}: the checkpoint lacks {len(missing)} tensors, the first: {min(missing)}"
         )
-    if lora is not None:
+    for lora in loras:
         lora.check_merged()
 
 
@@ -81,7 +81,7 @@ def _place(
     tensor: Tensor,
     storage: Storage,
     device: torch.device,
-    lora: Lora | None,
+    loras: Sequence[Lora],
 ) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
@@ -91,8 +91,11 @@ def _place(
             f"{name} is {tuple(tensor.shape)} in the checkpoint, {tuple(expected)} in the model"
         )
     tensor = tensor.to(device=device, dtype=storage.dtype)
-    if lora is not None and leaf == "weight":
-        tensor = lora.merge(path, tensor)
+    if loras and leaf == "weight":
+        wide = tensor.float()  # so that several are summed before they are rounded
+        for lora in loras:
+            wide = lora.merge(path, wide)
+        tensor = wide.to(storage.dtype)
     quantised = storage.format is not None and leaf == "weight" and storage.stores(path)
     if not (quantised and isinstance(owner, nn.Linear)):
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))

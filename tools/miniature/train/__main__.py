@@ -7,8 +7,10 @@ autoencoder → pairs encoded → editor → Lightning LoRAs → style LoRA
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,12 +31,32 @@ from tools.miniature.edits import (
 )
 from tools.miniature.train import autoencoder, loras
 from tools.miniature.train import editor as editors
-from tools.miniature.train.data import SHARD, Drawn, Shard, draw_shard, encode_shards, make_shards
+from tools.miniature.train.data import (
+    SHARD,
+    Drawn,
+    Pairs,
+    Shard,
+    draw_shard,
+    encode_shards,
+    make_shards,
+)
+from tools.miniature.train.editor import Editor
 from tools.miniature.train.look import Examination, table
 
 SEED = 20_261_120
-_VAE_SHARDS = 96
+_KEPT_SHARDS = 96
 _TARGET_TOKENS = 64
+
+
+def _schedules() -> dict[str, list[float]]:
+    """Noise levels: the base model's own for 20 steps, Lightning's for few."""
+    scheduler = architecture.scheduler()
+    own = Sampler.from_config({**scheduler.config, "_class_name": type(scheduler).__name__})
+    few = {str(n): sigmas(LIGHTNING_SAMPLER, n, _TARGET_TOKENS) for n in (8, 4, 2)}
+    return {"20": sigmas(own, 20, _TARGET_TOKENS), **few}
+
+
+_SCHEDULES = _schedules()
 
 
 class Log:
@@ -55,90 +77,78 @@ def main() -> None:
     options = _options()
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
-    if not torch.cuda.is_available():
-        sys.exit("training the miniature needs a CUDA card")
-    device = torch.device("cuda")
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("training the miniature needs a CUDA card (or patience, and --device cpu)")
     torch.manual_seed(SEED)
     torch.backends.cudnn.benchmark = True
     torch._dynamo.config.recompile_limit = 32  # a block is compiled for every shape of batch
     log = Log(folder / "log.txt")
-    words = tokenizer.build()
 
-    first = make_shards(ONE_PICTURE, options.shards, SEED)
-    second = make_shards(TWO_PICTURES, max(1, options.shards // 6), SEED + 1)
-    kept = [next(first) for _ in range(min(_VAE_SHARDS, options.shards))]
-    kept_two = [next(second)]
-    log(f"the first {len(kept) * SHARD} edits are drawn up")
+    shards = Shards(options.shards)
+    log(f"the first {len(shards.kept) * SHARD} edits are drawn up")
+    vae = _autoencoder(folder, shards, options.vae_steps, device, log)
+    studio = Studio(folder, vae, tokenizer.build(), device, log, options.per_kind)
+    log(f"autoencoder: {studio.held_out.reconstruction():.2f} dB on held-out scenes")
 
-    vae = _autoencoder(folder, kept + kept_two, options.vae_steps, device, log)
-    encoder = lambda pictures: autoencoder.encode(vae, pictures)  # noqa: E731
-    exam = Examination(held_out_edits(options.per_kind), vae, words, device)
-    random = Random(SEED)
-    like_training = [training_edit(random, KINDS) for _ in range(400)]
-    easy_exam = Examination(like_training, vae, words, device)
-    log(f"autoencoder: {exam.reconstruction():.2f} dB on held-out scenes")
-
-    single = encode_shards((*kept, *first), options.shards, encoder, words, device)
-    double = encode_shards(
-        (*kept_two, *second), max(1, options.shards // 6), encoder, words, device
-    )
+    single = studio.encode(shards.one_picture(), shards.count)
+    double = studio.encode(shards.two_pictures(), shards.count_of_two)
     log(f"encoded {len(single)} and {len(double)} edits; {_memory()}")
-
-    editor = editors.new(words, device)
-    parts = {"text": editor.text, "transformer": editor.transformer}
-    schedules = _schedules()
-    if not _load(folder, parts):
-
-        def look(name: str) -> None:
-            results = exam.results(editor, schedules["8"])
-            log(f"{name}: 8 steps {table(exam.verdicts(results))}")
-            seen = easy_exam.verdicts(easy_exam.results(editor, schedules["8"]))
-            log(f"{name}: with the colours, words and places of training {table(seen)}")
-            exam.sheet(results, folder / f"{name}.png")
-            _save(folder, {f"{name}.{part}": module for part, module in parts.items()})
-
-        editors.train(editor, (single, double), options.editor_steps, folder, log, look)
-        _save(folder, parts)
-    for name, levels in schedules.items():
-        for scale in (1.0, 2.0) if name == "20" else (1.0,):
-            results = exam.results(editor, levels, scale)
-            log(f"base, {name} steps, scale {scale}: {table(exam.verdicts(results))}")
-
-    for module in editor.modules():
-        module.requires_grad_(False)
-    students = loras.train_lightning(editor, (single, double), options.lightning_steps, log)
-    for steps, student in students.items():
-        save_file(student.tensors(), folder / f"lightning-{steps}.safetensors")
-        for name in (str(steps), "2"):
-            results = exam.results(student.editor, schedules[name])
-            log(f"lightning for {steps}, {name} steps: {table(exam.verdicts(results))}")
-
-    styled = encode_shards(kept, len(kept), encoder, words, device, style=True)
-    student = loras.train_style(editor, styled, options.style_steps, log)
-    save_file(student.tensors(), folder / "style.safetensors")
-    for name, which in {"with": student.editor, "without": editor}.items():
-        results = exam.results(which, schedules["8"])
-        log(f"in the style {name} the LoRA: {exam.styled(results):.1f} %")
-        exam.sheet(results, folder / f"style-{name}.png")
+    editor = _editor(studio, (single, double), options.editor_steps)
+    _lightning(studio, editor, (single, double), options.lightning_steps)
+    styled = studio.encode(shards.kept, len(shards.kept), style=True)
+    _style(studio, editor, styled, options.style_steps)
 
 
-def _options() -> Any:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--shards", type=int, default=540, help=f"of {SHARD} edits each")
-    parser.add_argument("--per-kind", type=int, default=30, help="held-out edits to look at")
-    for stage, steps in {"vae": 5000, "editor": 38000, "lightning": 250, "style": 1200}.items():
-        parser.add_argument(f"--{stage}-steps", type=int, default=steps)
-    return parser.parse_args()
+class Shards:
+    """Training edits, which other processes begin to draw up when this is made.
+
+    kept: the first of those with one picture, which are used more than once.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.count_of_two = count, max(1, count // 6)
+        self._first = make_shards(ONE_PICTURE, count, SEED)
+        self._second = make_shards(TWO_PICTURES, self.count_of_two, SEED + 1)
+        self.kept = [next(self._first) for _ in range(min(_KEPT_SHARDS, count))]
+
+    def one_picture(self) -> Iterator[Shard]:
+        return itertools.chain(self.kept, self._first)
+
+    def two_pictures(self) -> Iterator[Shard]:
+        return self._second
 
 
-def _autoencoder(
-    folder: Path, shards: list[Shard], steps: int, device: torch.device, log: Log
-) -> Any:
+class Studio:
+    """What every stage works with."""
+
+    def __init__(
+        self, folder: Path, vae: Any, words: Any, device: torch.device, log: Log, per_kind: int
+    ) -> None:
+        self.folder, self.words, self.device, self.log = folder, words, device, log
+        self._vae = vae
+        self.held_out = Examination(held_out_edits(per_kind), vae, words, device)
+        random = Random(SEED)
+        seen = [training_edit(random, KINDS) for _ in range(400)]
+        self.seen = Examination(seen, vae, words, device)
+
+    def encode(self, shards: Iterable[Shard], count: int, *, style: bool = False) -> Pairs:
+        def encoder(pictures: Tensor) -> Tensor:
+            return autoencoder.encode(self._vae, pictures)
+
+        return encode_shards(shards, count, encoder, self.words, self.device, style=style)
+
+    def tell(self, name: str, editor: Editor, levels: Sequence[float], scale: float = 1.0) -> None:
+        """Logs how many held-out edits pass."""
+        results = self.held_out.results(editor, levels, scale)
+        self.log(f"{name}: {table(self.held_out.verdicts(results))}")
+
+
+def _autoencoder(folder: Path, shards: Shards, steps: int, device: torch.device, log: Log) -> Any:
+    if (folder / "statistics.safetensors").exists():
+        return autoencoder.load(folder, device)
     vae = autoencoder.new().to(device)
-    if _load(folder, {"vae": vae}):
-        return _with_statistics(vae, load_file(folder / "statistics.safetensors"))
-    pictures = torch.cat([_all_pictures(draw_shard(shard, device)) for shard in shards])
+    pictures = torch.cat([_all_pictures(draw_shard(shard, device)) for shard in shards.kept])
     log(f"drawn {len(pictures)} pictures; {_memory()}")
 
     def batch() -> Tensor:
@@ -147,9 +157,7 @@ def _autoencoder(
 
     autoencoder.train(vae, batch, steps, log)
     autoencoder.measure_statistics(vae, pictures[::16].float() / 255)
-    _save(folder, {"vae": vae})
-    statistics = {n: torch.tensor(vae.config[n]) for n in ("latents_mean", "latents_std")}
-    save_file(statistics, folder / "statistics.safetensors")
+    autoencoder.save(vae, folder)
     return vae
 
 
@@ -159,19 +167,56 @@ def _all_pictures(drawn: Drawn) -> Tensor:
     return (pictures * 255).round().to(torch.uint8)
 
 
-def _with_statistics(vae: Any, statistics: dict[str, Tensor]) -> Any:
-    vae.register_to_config(
-        **{name: [round(v, 4) for v in values.tolist()] for name, values in statistics.items()}
-    )
-    return vae
+def _editor(studio: Studio, data: Sequence[Pairs], steps: int) -> Editor:
+    """Trained, or loaded if it was; frozen."""
+    editor = editors.new(studio.words, studio.device)
+    parts = {"text": editor.text, "transformer": editor.transformer}
+    if not _load(studio.folder, parts):
+
+        def look(name: str) -> None:
+            studio.tell(name, editor, _SCHEDULES["8"])
+            results = studio.seen.results(editor, _SCHEDULES["8"])
+            studio.log(f"{name}, like training: {table(studio.seen.verdicts(results))}")
+            results = studio.held_out.results(editor, _SCHEDULES["8"])
+            studio.held_out.sheet(results, studio.folder / f"{name}.png")
+            _save(studio.folder, {f"{name}.{part}": module for part, module in parts.items()})
+
+        editors.train(editor, data, steps, studio.folder, studio.log, look)
+        _save(studio.folder, parts)
+    for name, levels in _SCHEDULES.items():
+        studio.tell(f"without LoRA, {name} steps", editor, levels)
+    studio.tell("without LoRA, 20 steps, guidance 2", editor, _SCHEDULES["20"], 2.0)
+    for module in editor.modules():
+        module.requires_grad_(False)
+    return editor
 
 
-def _schedules() -> dict[str, list[float]]:
-    """Noise levels: the base model's own for 20 steps, Lightning's for few."""
-    scheduler = architecture.scheduler()
-    own = Sampler.from_config({**scheduler.config, "_class_name": type(scheduler).__name__})
-    few = {str(n): sigmas(LIGHTNING_SAMPLER, n, _TARGET_TOKENS) for n in (8, 4, 2)}
-    return {"20": sigmas(own, 20, _TARGET_TOKENS), **few}
+def _lightning(studio: Studio, editor: Editor, data: Sequence[Pairs], steps: int) -> None:
+    students = loras.train_lightning(editor, data, steps, studio.log)
+    for length, student in students.items():
+        save_file(student.tensors(), studio.folder / f"lightning-{length}.safetensors")
+        for name in (str(length), "2"):
+            studio.tell(f"Lightning {length}, {name} steps", student.editor, _SCHEDULES[name])
+
+
+def _style(studio: Studio, editor: Editor, pairs: Pairs, steps: int) -> None:
+    student = loras.train_style(editor, pairs, steps, studio.log)
+    save_file(student.tensors(), studio.folder / "style.safetensors")
+    for name, which in {"with": student.editor, "without": editor}.items():
+        results = studio.held_out.results(which, _SCHEDULES["8"])
+        studio.log(f"in the style {name} the LoRA: {studio.held_out.styled(results):.1f} %")
+        studio.held_out.sheet(results, studio.folder / f"style-{name}.png")
+
+
+def _options() -> Any:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shards", type=int, default=540, help=f"of {SHARD} edits each")
+    parser.add_argument("--per-kind", type=int, default=30, help="held-out edits to look at")
+    for stage, steps in {"vae": 5000, "editor": 38000, "lightning": 250, "style": 1200}.items():
+        parser.add_argument(f"--{stage}-steps", type=int, default=steps)
+    return parser.parse_args()
 
 
 def _save(folder: Path, modules: dict[str, Any]) -> None:

@@ -7,9 +7,11 @@ Trained is what is served: one frame, so only the last time slice of each kernel
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from image_worker.model.vae import PictureVae, statistics
@@ -20,6 +22,7 @@ from tools.miniature.train.optimiser import Optimiser
 BATCH = 64
 _ENCODED_AT_ONCE = 1024
 _PEAK_RATE = 1.5e-3
+_STATISTICS = ("latents_mean", "latents_std")
 _PRIOR_WEIGHT = 1e-4  # of the KL divergence, against a mean squared error over [-1, 1]
 
 
@@ -28,6 +31,23 @@ def new() -> Any:
     vae = PictureVae.from_config(architecture.vae().config)
     vae.fold()
     return vae.requires_grad_(True).bfloat16().to(memory_format=torch.channels_last)
+
+
+def save(vae: Any, folder: Path) -> None:
+    """Its weights and the statistics of its latents."""
+    state = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
+    save_file(state, folder / "vae.safetensors")
+    statistics = {name: torch.tensor(vae.config[name]) for name in _STATISTICS}
+    save_file(statistics, folder / "statistics.safetensors")
+
+
+def load(folder: Path, device: torch.device) -> Any:
+    """What `save` saved."""
+    vae = new().to(device)
+    vae.load_state_dict(load_file(folder / "vae.safetensors"))
+    statistics = load_file(folder / "statistics.safetensors")
+    vae.register_to_config(**{name: statistics[name].tolist() for name in _STATISTICS})
+    return vae
 
 
 def train(

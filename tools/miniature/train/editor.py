@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2VLImageProcessorPil
 
 from image_worker.model import transformer as served
 from tools.miniature import architecture, forward
@@ -28,7 +27,8 @@ from tools.miniature.train.optimiser import Optimiser
 BATCH = 512
 _PEAK_RATE = 2e-3
 _WITHOUT_INSTRUCTION = 0.05  # of the prompts are empty, for classifier-free guidance
-_LOOK_EVERY = 5000  # steps
+LOOK_EVERY = 5000  # steps
+_REPORT_EVERY = 1000
 _SIDE = 8  # tokens
 
 
@@ -63,11 +63,17 @@ def new(tokenizer: Any, device: torch.device) -> Editor:
         if "_mod." in name or name.startswith(("proj_out.", "norm_out.")):
             nn.init.zeros_(parameter)
     text, transformer = (module.to(device, torch.bfloat16) for module in (text, transformer))
-    processor = Qwen2VLImageProcessorPil()
-    colours = [
+    return of(text, transformer, tokenizer)
+
+
+def of(text: Any, transformer: Any, tokenizer: Any) -> Editor:
+    """An editor of modules that there are."""
+    device = transformer.device
+    processor = architecture.image_processor()
+    mean, deviation = (
         torch.tensor(values, device=device)
         for values in (processor.image_mean, processor.image_std)
-    ]
+    )
     ropes = {}
     for pictures in (1, 2):
         length = forward.layout(tokenizer, pictures, device).kept
@@ -75,7 +81,7 @@ def new(tokenizer: Any, device: torch.device) -> Editor:
             [[(1, _SIDE, _SIDE)] * (1 + pictures)], device=device, max_txt_seq_len=length
         )
         ropes[pictures] = (image[None], words[None])
-    return Editor(text, transformer, tokenizer, (colours[0], colours[1]), ropes)
+    return Editor(text, transformer, tokenizer, (mean, deviation), ropes)
 
 
 def encode(editor: Editor, batch: Pairs) -> Tensor:
@@ -139,7 +145,7 @@ def flow_loss(editor: Editor, batch: Pairs, *, train_text: bool = True) -> Tenso
     """Mean squared error of the velocity, at one random time per picture."""
     with torch.set_grad_enabled(train_text):
         text = encode(editor, batch)
-    times = _random_times(len(text), text.device)
+    times = random_times(len(text), text.device)
     noise = torch.randn_like(batch.answers, dtype=torch.float32)
     answers = batch.answers.float()
     latents = answers + times[:, None, None] * (noise - answers)
@@ -147,7 +153,7 @@ def flow_loss(editor: Editor, batch: Pairs, *, train_text: bool = True) -> Tenso
     return (found.float() - (noise - answers)).square().mean()
 
 
-def _random_times(count: int, device: torch.device) -> Tensor:
+def random_times(count: int, device: torch.device) -> Tensor:
     """Mostly where Lightning's shift of 3 puts its steps: the answer is decided in the noise."""
     times = torch.sigmoid(torch.randn(count, device=device))
     times = 3 * times / (1 + 2 * times)
@@ -173,12 +179,13 @@ def turns() -> Iterator[int]:
 
 
 def optimiser(editor: Editor) -> Optimiser:
-    """Muon for the matrices inside of blocks, AdamW for the rest."""
+    """Muon for the matrices inside of blocks, AdamW for the rest, of what is not frozen."""
     matrices, others = [], []
     for module in editor.modules():
         for name, parameter in module.named_parameters():
             inside = "blocks." in name or "layers." in name
-            (matrices if inside and parameter.ndim == 2 else others).append(parameter)
+            if parameter.requires_grad:
+                (matrices if inside and parameter.ndim == 2 else others).append(parameter)
     return Optimiser(matrices, others)
 
 
@@ -204,18 +211,19 @@ def train(
     update.set_rate(0.0, 0, steps)  # capturing takes steps, too
     graphs = _capture(editor, data, update)
     report("training steps are captured")
-    total = torch.zeros((), device=data[0].ids.device)
-    clock = time.perf_counter()
-    for number, turn in zip(range(first, steps), turns()):  # noqa: B905 (turns have no end)
-        update.set_rate(_PEAK_RATE, number, steps)
+    total, clock = torch.zeros((), device=data[0].ids.device), time.perf_counter()
+    for number, turn in zip(range(first + 1, steps + 1), turns()):  # noqa: B905 (turns do not end)
+        update.set_rate(_PEAK_RATE, number - 1, steps)
         total += graphs[turn]()
-        if number % 1000 == 999:
-            mean, pace = total.item() / 1000, 1000 / (time.perf_counter() - clock)
-            report(f"editor step {number + 1}: loss {mean:.4f}, {pace:.0f} steps/s")
+        if number % _REPORT_EVERY == 0:
+            mean = total.item() / _REPORT_EVERY
+            pace = _REPORT_EVERY / (time.perf_counter() - clock)
+            report(f"editor step {number}: loss {mean:.4f}, {pace:.0f} steps/s")
             total.zero_()
-            if number % _LOOK_EVERY == _LOOK_EVERY - 1:
-                torch.save({"optimiser": update.state(), "step": number + 1}, checkpoint)
-                look(f"editor-{number + 1}")
+        if number % LOOK_EVERY == 0:
+            torch.save({"optimiser": update.state(), "step": number}, checkpoint)
+            look(f"editor-{number}")
+        if number % _REPORT_EVERY == 0:
             clock = time.perf_counter()
     look("editor")
 

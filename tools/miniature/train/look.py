@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tools.miniature.edits import ONE_PICTURE, Edit
-from tools.miniature.render import to_image
-from tools.miniature.scenes import SIDE
 from tools.miniature.score import Verdict, in_style, judge, psnr
+from tools.miniature.sheet import save_sheet
 from tools.miniature.train import autoencoder
 from tools.miniature.train.data import Drawn, Pairs, draw_shard, encode_shard, shard_of
 from tools.miniature.train.editor import Editor, sample
@@ -84,21 +82,6 @@ class Examination:
                     shown = [*drawn.shown[index], drawn.answers[index], pictures[index]]
                     rows[edit.kind].append((mark + edit.instruction, shown))
         save_sheet(list(rows.values()), path)
-
-
-def save_sheet(rows: Sequence[Sequence[tuple[str, Sequence[Tensor]]]], path: Path) -> None:
-    """Rows of (title, pictures side by side), as one image file."""
-    cell = 4 * (SIDE + 2) + 10
-    height = SIDE + 18
-    sheet = Image.new("RGB", (cell * max(map(len, rows)), height * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, row in enumerate(rows):
-        for x, (title, pictures) in enumerate(row):
-            draw.text((x * cell, y * height + 1), title, fill="black")
-            for number, picture in enumerate(pictures):
-                place = (x * cell + number * (SIDE + 2), y * height + 15)
-                sheet.paste(to_image(picture), place)
-    sheet.save(path)
 
 
 def table(verdicts: dict[str, list[Verdict]]) -> str:

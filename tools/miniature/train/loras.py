@@ -30,8 +30,9 @@ from tools.miniature.train.graph import Graph
 from tools.miniature.train.optimiser import Optimiser
 
 RANK = ALPHA = 8
+_SCALE = ALPHA / RANK
 _TARGET_TOKENS = 64
-_WALKS = 256  # pictures that a teacher walks at once
+WALKS = 256  # pictures that a teacher walks at once
 _SUBSTEPS = 3  # of the teacher, for each of the eight steps
 _LIGHTNING_RATE = 1e-3
 _STYLE_RATE = 3e-3
@@ -53,13 +54,7 @@ MODULES = (
 
 
 class Student:
-    """A copy of an editor in which only a LoRA is trained; `editor` has it merged at all times.
-
-    The gradient G of a merged weight, weight + scale · up @ down, gives those of the factors:
-    scale · G @ downᵀ and scale · upᵀ @ G.
-    """
-
-    _SCALE = ALPHA / RANK
+    """A copy of an editor in which only a LoRA is trained; `editor` has it merged at all times."""
 
     def __init__(self, teacher: Editor) -> None:
         transformer = copy.deepcopy(teacher.transformer).requires_grad_(False)
@@ -88,14 +83,12 @@ class Student:
         for name, merged in self._merged.items():
             down, up = self._downs[name], self._ups[name]
             if merged.grad is not None:
-                grad = merged.grad.float()
-                up.grad = self._SCALE * grad @ down.T
-                down.grad = self._SCALE * up.T @ grad
+                up.grad, down.grad = factor_gradients(merged.grad.float(), up, down)
                 merged.grad = None
         self._optimiser.step()
         for name, merged in self._merged.items():
             parts = self._weights[name], self._ups[name], self._downs[name]
-            merged.copy_(torch.addmm(*parts, alpha=self._SCALE))
+            merged.copy_(torch.addmm(*parts, alpha=_SCALE))
 
     def tensors(self) -> dict[str, Tensor]:
         """The LoRA in the format of Lightning's published files, bf16."""
@@ -105,6 +98,11 @@ class Student:
             tensors[f"{name}.lora_up.weight"] = self._ups[name].detach().bfloat16().cpu()
             tensors[f"{name}.alpha"] = torch.tensor(float(ALPHA), dtype=torch.bfloat16)
         return tensors
+
+
+def factor_gradients(grad: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `up` and `down`, from the gradient of weight + alpha / rank · up @ down."""
+    return _SCALE * grad @ down.T, _SCALE * up.T @ grad
 
 
 def train_style(editor: Editor, pairs: Pairs, steps: int, report: Callable[..., None]) -> Student:
@@ -144,7 +142,7 @@ def train_lightning(
         def step(
             pairs: Pairs = pairs, blank: tuple[Tensor, Tensor] = editor.blank(pairs.layout)
         ) -> Tensor:
-            batch = random_batch(pairs, blank, _WALKS)
+            batch = random_batch(pairs, blank, WALKS)
             with compiled():
                 text, path = _walk(editor, batch, levels)
             losses = []
