@@ -86,7 +86,7 @@ def test_defaults_with_lightning(worker: Worker) -> None:
 def test_defaults_without_lightning() -> None:
     plain = Worker.from_settings(Settings.from_env({"MODEL": "mini", "USE_LIGHTNING_LORA": "0"}))
     reply = plain.run(job(num_inference_steps=None))
-    assert (reply["num_inference_steps"], reply["true_cfg_scale"]) == (20, 4.0)
+    assert (reply["num_inference_steps"], reply["true_cfg_scale"]) == (20, 1.0)
     assert reply["lightning_enabled"] is False
     one = plain.run(job(num_inference_steps=1))
     assert one["error"]["field"] == "num_inference_steps"

@@ -24,8 +24,15 @@ from tests.pictures import psnr
 
 PROMPT = "make the red circle blue"
 SIZE = (160, 128)
-LATENT_TOLERANCE = 1e-5  # float32, largest absolute difference
-PICTURE_PSNR = 50.0  # bf16, dB
+# A trained model magnifies rounding from step to step, and guidance by 4 even more: upstream's own
+# bf16 picture is only 50 to 51 dB from its float32 one without guidance, and 40 to 44 dB with it.
+LATENT_TOLERANCE = 1e-4  # float32, largest absolute difference
+PICTURE_PSNR = {  # dB, by type and by whether there is guidance
+    (torch.float32, False): 80.0,
+    (torch.float32, True): 80.0,
+    (torch.bfloat16, False): 45.0,
+    (torch.bfloat16, True): 38.0,
+}
 
 
 def ours(
@@ -64,7 +71,7 @@ def assert_equal(
         expected = upstream.edit(pipeline, MINI, images, monkeypatch, "latent", **options)
         assert (latents - expected[0]).abs().max() <= LATENT_TOLERANCE
     expected = upstream.edit(pipeline, MINI, images, monkeypatch, "pil", **options)
-    assert psnr(picture, expected[0]) >= PICTURE_PSNR
+    assert psnr(picture, expected[0]) >= PICTURE_PSNR[model.dtype, cfg_scale > 1]
     assert np.asarray(picture).std() > 5, "a flat picture would equal anything"
 
 
@@ -122,7 +129,7 @@ def test_text_to_image(dtype: torch.dtype, cfg_scale: float) -> None:
 
     if dtype == torch.float32:
         assert (latents - stock("latent")).abs().max() <= LATENT_TOLERANCE
-    assert psnr(picture, stock("pil")) >= PICTURE_PSNR
+    assert psnr(picture, stock("pil")) >= PICTURE_PSNR[model.dtype, cfg_scale > 1]
 
 
 def test_default_size_is_upstreams() -> None:

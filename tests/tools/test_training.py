@@ -86,7 +86,10 @@ def test_the_loss_reaches_every_part() -> None:
     loss.backward()
     assert 0 < loss.item() < 1  # the trained model's; an untrained one has 2
     last = len(trained.transformer.transformer_blocks) - 1
-    unread = (f"blocks.{last}.txt_mlp", f"blocks.{last}.attn.to_add_out")
+    unread = [
+        f"blocks.{last}.{part}"
+        for part in ("txt_mlp", "attn.to_add_out", "attn.add_q_proj", "attn.norm_added_q")
+    ]
     for module in trained.modules():
         for name, parameter in module.named_parameters():
             if not any(part in name for part in unread):

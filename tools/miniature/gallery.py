@@ -47,7 +47,7 @@ EDITS = (
     "move the orange ring to the right",
     "outline the yellow star in black",
     "make the background a gradient from pink to white",
-    "put the shape of picture 2 into the left of picture 1",
+    "put the shape of picture 2 into the bottom of picture 1",
 )
 _COLUMNS = 3
 _GAP, _TITLE = 10, 34
