@@ -214,6 +214,7 @@ def test_the_whole_training_runs_and_resumes(
     for module, name in ((autoencoder, "BATCH"), (editor, "BATCH"), (loras, "BATCH")):
         monkeypatch.setattr(module, name, 2)
     monkeypatch.setattr(loras, "WALKS", 2)
+    monkeypatch.setattr(main, "LIKE_TRAINING", 24)
     monkeypatch.setattr(editor, "LOOK_EVERY", 2)
     steps = ("--vae-steps=2", "--editor-steps=4", "--lightning-steps=1", "--style-steps=1")
     command = ["train", str(tmp_path), "--device=cpu", "--shards=2", "--per-kind=1", *steps]

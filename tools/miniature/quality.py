@@ -106,14 +106,14 @@ def main() -> None:
         for sampling in SAMPLINGS:
             if precision != "bf16" and sampling.name not in QUANTISED:
                 continue
-            model = _model(precision, sampling)
+            model = load(precision, sampling)
             encoded = encoded or encode(model, examples)
             clock = time.perf_counter()
             results = edit(model, encoded, sampling)
             seconds = (time.perf_counter() - clock) / len(results)
             if precision == "bf16" and sampling is REFERENCE:
                 reference = results
-            rows.append(_row(precision, sampling, examples, results, reference, seconds))
+            rows.append(row(precision, sampling, examples, results, reference, seconds))
             print(_line(rows[-1]), flush=True)
             if sampling.name == "Lightning 8":
                 _save_failures(examples, results, options.folder / f"failures-{precision}.png")
@@ -132,7 +132,7 @@ def make_examples(per_kind: int) -> Examples:
     return Examples(edits, before, answers, styled, references)
 
 
-def _model(precision: str, sampling: Sampling) -> Model:
+def load(precision: str, sampling: Sampling) -> Model:
     settings = Settings.from_env(
         {
             "PRECISION_MODE": precision,
@@ -167,7 +167,7 @@ def edit(model: Model, encoded: Sequence[Conditions], sampling: Sampling) -> Ten
     return torch.stack([to_picture(decode(model, picture)) for picture in pictures])
 
 
-def _row(
+def row(
     precision: str,
     sampling: Sampling,
     examples: Examples,

@@ -44,6 +44,7 @@ from tools.miniature.train.editor import Editor
 from tools.miniature.train.look import Examination, table
 
 SEED = 20_261_120
+LIKE_TRAINING = 400  # edits of the training's kind to look at, beside the held-out ones
 _KEPT_SHARDS = 96
 _TARGET_TOKENS = 64
 
@@ -129,7 +130,7 @@ class Studio:
         self._vae = vae
         self.held_out = Examination(held_out_edits(per_kind), vae, words, device)
         random = Random(SEED)
-        seen = [training_edit(random, KINDS) for _ in range(400)]
+        seen = [training_edit(random, KINDS) for _ in range(LIKE_TRAINING)]
         self.seen = Examination(seen, vae, words, device)
 
     def encode(self, shards: Iterable[Shard], count: int, *, style: bool = False) -> Pairs:

@@ -1,0 +1,51 @@
+"""The miniature that is shipped really edits, and its style LoRA shows where it is merged."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from image_worker.catalog import CATALOG
+from tools.miniature import quality
+from tools.miniature.quality import Examples, Sampling
+from tools.miniature.score import in_style, judge
+
+
+@functools.cache
+def examples() -> Examples:
+    return quality.make_examples(2)
+
+
+@functools.cache
+def results(sampling: Sampling) -> Tensor:
+    model = quality.load("bf16", sampling)
+    return quality.edit(model, quality.encode(model, examples()), sampling)
+
+
+@pytest.mark.parametrize("sampling", [s for s in quality.SAMPLINGS if not s.style and s.steps < 40])
+def test_held_out_edits_pass(sampling: Sampling) -> None:
+    """9 in 10 of two of each kind; `make bench-quality` measures the share."""
+    found = judge(examples().before, examples().answers, results(sampling))
+    assert sum(verdict.passed for verdict in found) >= 0.9 * len(found)
+
+
+def test_the_style_shows_only_with_its_lora() -> None:
+    given = examples()
+    with_it, without = (s for s in quality.SAMPLINGS if s.lightning == 8)
+    if without.style:
+        with_it, without = without, with_it
+    assert sum(in_style(given.answers, given.styled, results(with_it))) >= 38
+    assert not any(in_style(given.answers, given.styled, results(without)))
+
+
+def test_the_report_has_a_line_per_row_and_kind() -> None:
+    sampling = quality.SAMPLINGS[-2]
+    row = quality.row("bf16", sampling, examples(), examples().answers, None, 0.1)
+    assert row.passed == row.two_pictures == 100 and row.in_style == 0
+    table = quality.table([row, row])
+    assert len(table.splitlines()) == 2 + 2 + 1 + 2 + 20
+    assert CATALOG["mini"].cfg_scale == 1
+    torch.testing.assert_close(row.to_answer, 100.0)
