@@ -53,24 +53,18 @@ def test_another_edits_answer_fails() -> None:
     assert not any(verdict.passed for verdict in judge(BEFORE, ANSWERS, ANSWERS.roll(3, 0)))
 
 
-@pytest.mark.parametrize("wrong", COLOURS)
-def test_the_wrong_colour_fails(wrong: str) -> None:
-    edit, before, answer = of_kind("recolour")
-    after = edit.after
-    new = next(t for t in after.things if t not in edit.before.things)
-    things = tuple(replace(t, colour=wrong) if t is new else t for t in after.things)
-    verdict = judge(before, answer, drawn(replace(after, things=things)))[0]
-    assert verdict.passed == (wrong == new.colour)
-
-
-@pytest.mark.parametrize("wrong", SHAPES)
-def test_the_wrong_shape_fails(wrong: str) -> None:
-    edit, before, answer = of_kind("reshape")
-    after = edit.after
-    new = next(t for t in after.things if t not in edit.before.things)
-    things = tuple(replace(t, shape=wrong) if t is new else t for t in after.things)
-    verdict = judge(before, answer, drawn(replace(after, things=things)))[0]
-    assert verdict.passed == (wrong == new.shape)
+@pytest.mark.parametrize(
+    ("kind", "trait", "wrong"),
+    [("recolour", "colour", name) for name in COLOURS]
+    + [("reshape", "shape", name) for name in SHAPES],
+)
+def test_the_wrong_colour_or_shape_fails(kind: str, trait: str, wrong: str) -> None:
+    edit, before, answer = of_kind(kind)
+    new = next(thing for thing in edit.after.things if thing not in edit.before.things)
+    changed = {new: replace(new, **{trait: wrong})}
+    things = tuple(changed.get(thing, thing) for thing in edit.after.things)
+    verdict = judge(before, answer, drawn(replace(edit.after, things=things)))[0]
+    assert verdict.passed == (wrong == getattr(new, trait))
 
 
 def test_the_right_thing_at_the_wrong_place_fails() -> None:
