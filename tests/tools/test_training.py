@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from tools.miniature.train import __main__ as main
 from tools.miniature.train import autoencoder, data, editor, loras
 from tools.miniature.train.data import Pairs, draw_shard, encode_shard, shard_of
 from tools.miniature.train.optimiser import Optimiser
+from tools.miniature.train.rounding import Rounding, nf4
 
 CPU = torch.device("cpu")
 
@@ -232,3 +234,46 @@ def test_the_whole_training_runs_and_resumes(
     package.main()
     for name in ("loras/miniature-outlined-style-bf16.safetensors", "vae/config.json"):
         assert (tmp_path / "model" / name).exists()
+
+
+def test_nf4_is_what_is_served() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(96, 128, dtype=torch.bfloat16)
+    quantised, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=False)
+    assert torch.equal(nf4(weight), bnb.dequantize_4bit(quantised, state))
+
+
+def test_those_weights_are_rounded_that_are_quantised_when_served() -> None:
+    plain = served_editor()
+    expected = editor.rounded(plain)
+    served = build_mini(torch.bfloat16, precision_mode="4bit", use_lightning_lora="0")
+    found = 0
+    for module, like in (
+        (served.text_encoder, expected.text),
+        (served.transformer, expected.transformer),
+    ):
+        for name, layer in module.named_modules():
+            if type(layer).__name__ == "Linear4bit":
+                kept = bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+                wanted = like.get_submodule(name).weight
+                assert (kept - wanted).norm() / wanted.norm() < 0.02  # scales are rounded, too
+                found += 1
+    assert found == len(plain.quantised_weights())
+
+
+def test_weights_are_rounded_as_often_as_asked_and_all_at_once() -> None:
+    torch.manual_seed(0)
+    plain = [torch.randn(64, 64), torch.randn(32, 128)]
+    weights = [weight.clone() for weight in plain]
+    rounding = Rounding(weights)
+    counts = {0.0: 0, 0.5: 0, 1.0: 0}
+    for share in counts:
+        rounding.set_share(share)
+        for _ in range(40):
+            for weight, value in zip(weights, plain, strict=True):
+                weight.copy_(value)
+            rounding()
+            was = [torch.equal(w, nf4(value)) for w, value in zip(weights, plain, strict=True)]
+            assert was[0] == was[1]
+            counts[share] += was[0]
+    assert counts[0.0] == 0 and 8 < counts[0.5] < 32 and counts[1.0] == 40

@@ -101,13 +101,11 @@ def _belongs(draft: _Draft, split: Split) -> bool:
     return subject.pair in HELD_OUT_PAIRS and (named or held_out_position(subject.x, subject.y))
 
 
-def instruction(
-    random: Random, kind: str, split: Split, blanks: Mapping[str, str], *, added: bool = True
-) -> str:
-    """A sentence that asks for an edit; in training without the added wordings, if told so."""
+def instruction(random: Random, kind: str, split: Split, blanks: Mapping[str, str]) -> str:
+    """A sentence that asks for an edit."""
     wording = WORDINGS[kind]
-    known = wording.train + wording.added if added else wording.train
-    text = random.choice(known if split == "train" else wording.held_out).format(**blanks)
+    known = wording.train if split == "train" else wording.held_out
+    text = random.choice(known).format(**blanks)
     if random.random() < 0.3 and not text.startswith(("the ", "I ", "at ", "there ")):
         text = random.choice(OPENINGS) + text
     if random.random() < 0.3:
@@ -283,12 +281,12 @@ KINDS = ONE_PICTURE + TWO_PICTURES
 
 # How often training draws a kind: what is learned in minutes needs to be seen less.
 _OFTEN = {
-    "reshape": 2.0,
-    "enlarge": 1.5,
+    "reshape": 2.5,
+    "enlarge": 2.0,
     "shrink": 1.5,
     "move": 1.5,
-    "swap": 1.5,
-    "outline": 1.5,
+    "swap": 2.0,
+    "outline": 2.0,
     "insert": 2.0,
     "ground": 0.8,
     "gradient": 0.6,

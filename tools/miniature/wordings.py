@@ -13,14 +13,11 @@ from dataclasses import dataclass
 class Wording:
     """Sentences for one kind of edit. The held-out ones appear in no training instruction.
 
-    added: training wordings that came after the shipped model's training, and were taught to its
-    text encoder alone (`train/wordings.py`). They use only words of the others, so that the
-    tokenizer stays what it is.
+    They were written before the training that made the shipped weights, and use only its words.
     """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
-    added: tuple[str, ...] = ()
 
 
 WORDINGS: dict[str, Wording] = {
@@ -36,18 +33,19 @@ WORDINGS: dict[str, Wording] = {
             "give {thing} the colour {colour}",
             "I want {thing} to be {colour}",
             "set the colour of {thing} to {colour}",
-        ),
-        (
             "paint {thing} in {colour}",
             "I want {thing} {colour}",
             "make the colour of {thing} {colour}",
-        ),
-        (
             "let {thing} be {colour}",
             "set {thing} to {colour}",
             "turn the colour of {thing} into {colour}",
             "use {colour} to paint {thing}",
             "show {thing} in {colour}",
+        ),
+        (
+            "{thing} should have the colour {colour}",
+            "let {thing} turn {colour}",
+            "change {thing} into {colour}",
         ),
     ),
     "remove": Wording(
@@ -62,15 +60,20 @@ WORDINGS: dict[str, Wording] = {
             "{thing} should be gone",
             "remove {thing} from the picture",
             "erase {thing} from the image",
-        ),
-        ("delete {thing} from the picture", "I want {thing} gone", "take {thing} out of the image"),
-        (
+            "delete {thing} from the picture",
+            "I want {thing} gone",
+            "take {thing} out of the image",
             "take out {thing}",
             "get {thing} out of the picture",
             "let {thing} disappear",
             "put {thing} away",
             "make {thing} be gone",
             "I want {thing} to disappear",
+        ),
+        (
+            "let {thing} be gone",
+            "I want to get rid of {thing}",
+            "take {thing} away from the picture",
         ),
     ),
     "add": Wording(
@@ -85,18 +88,19 @@ WORDINGS: dict[str, Wording] = {
             "there should be a {new} at the {place}",
             "I want a {new} in the {place}",
             "draw a {new} in the {place} of the picture",
-        ),
-        (
             "insert a {new} in the {place}",
             "at the {place}, draw a {new}",
             "I want a {new} at the {place}",
-        ),
-        (
             "I want to have a {new} at the {place}",
             "let there be a {new} at the {place}",
             "show a {new} at the {place}",
             "give the picture a {new} at the {place}",
             "insert a {new} into the {place} of the image",
+        ),
+        (
+            "place a {new} at the {place}",
+            "there should be a {new} in the {place}",
+            "put a {new} into the {place}",
         ),
     ),
     "reshape": Wording(
@@ -111,13 +115,9 @@ WORDINGS: dict[str, Wording] = {
             "I want {thing} to be a {shape}",
             "transform {thing} into a {shape}",
             "make a {shape} out of {thing}",
-        ),
-        (
             "transform {thing} to a {shape}",
             "replace the shape of {thing} with a {shape}",
             "I want {thing} to turn into a {shape}",
-        ),
-        (
             "let {thing} turn into a {shape}",
             "{thing} should turn into a {shape}",
             "set the shape of {thing} to a {shape}",
@@ -126,6 +126,11 @@ WORDINGS: dict[str, Wording] = {
             "turn {thing} to a {shape}",
             "make the shape of {thing} a {shape}",
             "let {thing} be a {shape}",
+        ),
+        (
+            "{thing} should have the shape of a {shape}",
+            "turn the shape of {thing} into a {shape}",
+            "change {thing} to a {shape}",
         ),
     ),
     "enlarge": Wording(
@@ -140,13 +145,9 @@ WORDINGS: dict[str, Wording] = {
             "{thing} should be bigger",
             "I want {thing} to be larger",
             "{thing} should be larger",
-        ),
-        (
             "I want {thing} bigger",
             "increase the scale of {thing}",
             "make the size of {thing} bigger",
-        ),
-        (
             "increase {thing}",
             "make {thing} grow",
             "let {thing} grow",
@@ -159,6 +160,11 @@ WORDINGS: dict[str, Wording] = {
             "I want {thing} to grow",
             "enlarge the scale of {thing}",
             "turn the size of {thing} up",
+        ),
+        (
+            "I want {thing} to be bigger",
+            "let {thing} be larger",
+            "the scale of {thing} should be bigger",
         ),
     ),
     "shrink": Wording(
@@ -173,13 +179,9 @@ WORDINGS: dict[str, Wording] = {
             "I want {thing} to be smaller",
             "make {thing} tiny",
             "reduce {thing}",
-        ),
-        (
             "I want {thing} smaller",
             "decrease the scale of {thing}",
             "make the size of {thing} smaller",
-        ),
-        (
             "decrease {thing}",
             "make {thing} shrink",
             "let {thing} shrink",
@@ -192,6 +194,11 @@ WORDINGS: dict[str, Wording] = {
             "I want {thing} to shrink",
             "reduce the scale of {thing}",
             "turn the size of {thing} down",
+        ),
+        (
+            "let {thing} be smaller",
+            "I want {thing} to be tiny",
+            "the scale of {thing} should be smaller",
         ),
     ),
     "move": Wording(
@@ -206,16 +213,17 @@ WORDINGS: dict[str, Wording] = {
             "push {thing} to the {place}",
             "I want {thing} at the {place}",
             "bring {thing} to the {place}",
-        ),
-        (
             "slide {thing} into the {place}",
             "take {thing} to the {place}",
             "place {thing} in the {place}",
-        ),
-        (
             "let {thing} move to the {place}",
             "bring {thing} into the {place}",
             "I want {thing} to be at the {place}",
+        ),
+        (
+            "push {thing} into the {place}",
+            "let {thing} be at the {place}",
+            "shift {thing} into the {place}",
         ),
     ),
     "ground": Wording(
@@ -230,17 +238,18 @@ WORDINGS: dict[str, Wording] = {
             "change the colour of the background to {colour}",
             "I want a {colour} background",
             "replace the background with {colour}",
-        ),
-        (
             "paint the background in {colour}",
             "I want the background {colour}",
             "put a {colour} background into the picture",
-        ),
-        (
             "I want the background in {colour}",
             "let the background be {colour}",
             "change the background into {colour}",
             "use {colour} in the background",
+        ),
+        (
+            "let the background turn {colour}",
+            "I want the background to be {colour}",
+            "set the colour of the background to {colour}",
         ),
     ),
     "gradient": Wording(
@@ -253,14 +262,14 @@ WORDINGS: dict[str, Wording] = {
             "the background should be a gradient from {colour} to {second}",
             "I want a background gradient from {colour} to {second}",
             "set the background to a gradient from {colour} to {second}",
-        ),
-        (
             "replace the background with a gradient from {colour} to {second}",
             "I want the background to be a gradient from {colour} to {second}",
-        ),
-        (
             "let the background be a gradient from {colour} to {second}",
             "I want a gradient from {colour} to {second} in the background",
+        ),
+        (
+            "put a gradient from {colour} to {second} into the background",
+            "transform the background into a gradient from {colour} to {second}",
         ),
     ),
     "swap": Wording(
@@ -273,11 +282,14 @@ WORDINGS: dict[str, Wording] = {
             "swap colours between {thing} and {other}",
             "make {thing} and {other} exchange colours",
             "I want the colours of {thing} and {other} swapped",
-        ),
-        ("exchange colours between {thing} and {other}", "let {thing} and {other} switch colours"),
-        (
+            "exchange colours between {thing} and {other}",
+            "let {thing} and {other} switch colours",
             "let the colours of {thing} and {other} be swapped",
             "I want {thing} and {other} to swap colours",
+        ),
+        (
+            "I want {thing} and {other} to exchange colours",
+            "switch colours between {thing} and {other}",
         ),
     ),
     "grayscale": Wording(
@@ -292,12 +304,17 @@ WORDINGS: dict[str, Wording] = {
             "change the picture to grayscale",
             "I want a black and white picture",
             "make the image monochrome",
-        ),
-        ("convert it to black and white", "turn the image monochrome", "desaturate everything"),
-        (
+            "convert it to black and white",
+            "turn the image monochrome",
+            "desaturate everything",
             "turn the picture black and white",
             "I want it monochrome",
             "show the picture in gray",
+        ),
+        (
+            "make everything monochrome",
+            "convert everything to grayscale",
+            "I want the picture in black and white",
         ),
     ),
     "invert": Wording(
@@ -310,11 +327,14 @@ WORDINGS: dict[str, Wording] = {
             "show the negative",
             "change the image to its negative",
             "invert everything",
-        ),
-        ("invert the colours of the image", "make the picture a negative"),
-        (
+            "invert the colours of the image",
+            "make the picture a negative",
             "turn it into a negative",
             "I want a negative of the picture",
+        ),
+        (
+            "change the picture into a negative",
+            "I want the negative of the picture",
         ),
     ),
     "brighten": Wording(
@@ -328,12 +348,15 @@ WORDINGS: dict[str, Wording] = {
             "the image should be brighter",
             "lighten the image",
             "I want the picture brighter",
-        ),
-        ("make the image lighter", "increase the brightness of the picture"),
-        (
+            "make the image lighter",
+            "increase the brightness of the picture",
             "lighten the picture",
             "let the picture be brighter",
             "I want it lighter",
+        ),
+        (
+            "let everything be lighter",
+            "I want everything brighter",
         ),
     ),
     "darken": Wording(
@@ -347,15 +370,15 @@ WORDINGS: dict[str, Wording] = {
             "the image should be darker",
             "dim the image",
             "I want the picture darker",
-        ),
-        (
             "decrease the brightness of the image",
             "turn the brightness down",
-        ),
-        (
             "dim everything",
             "let the image be darker",
             "I want it darker",
+        ),
+        (
+            "reduce the brightness of the picture",
+            "I want everything darker",
         ),
     ),
     "blur": Wording(
@@ -369,15 +392,15 @@ WORDINGS: dict[str, Wording] = {
             "add blur to the image",
             "apply a blur",
             "make everything soft and blurry",
-        ),
-        (
             "apply blur to the picture",
             "let everything be blurry",
-        ),
-        (
             "let the picture be blurry",
             "make the picture soft",
             "I want it blurred",
+        ),
+        (
+            "apply blur to everything",
+            "I want the picture soft and blurry",
         ),
     ),
     "mirror": Wording(
@@ -390,15 +413,16 @@ WORDINGS: dict[str, Wording] = {
             "mirror everything",
             "make a mirror image",
             "exchange left and right",
-        ),
-        (
             "mirror it",
             "switch left and right",
             "flip everything horizontally",
-        ),
-        (
             "flip the picture from left to right",
             "let left and right swap",
+        ),
+        (
+            "flip it from left to right",
+            "I want a mirror image of the picture",
+            "let left and right switch",
         ),
     ),
     "flip": Wording(
@@ -411,15 +435,16 @@ WORDINGS: dict[str, Wording] = {
             "make it upside down",
             "exchange top and bottom",
             "turn everything upside down",
-        ),
-        (
             "turn it upside down",
             "switch top and bottom",
             "flip everything vertically",
-        ),
-        (
             "flip the picture from top to bottom",
             "let top and bottom swap",
+        ),
+        (
+            "I want the picture upside down",
+            "flip it from top to bottom",
+            "let top and bottom switch",
         ),
     ),
     "outline": Wording(
@@ -433,12 +458,16 @@ WORDINGS: dict[str, Wording] = {
             "{thing} should have a {colour} outline",
             "I want {thing} outlined in {colour}",
             "add a {colour} border to {thing}",
-        ),
-        ("give {thing} a {colour} border", "put a {colour} outline around {thing}"),
-        (
+            "give {thing} a {colour} border",
+            "put a {colour} outline around {thing}",
             "let {thing} have a {colour} outline",
             "I want {thing} with a {colour} border",
             "make a {colour} outline around {thing}",
+        ),
+        (
+            "make a {colour} border around {thing}",
+            "let {thing} have a {colour} border",
+            "I want a {colour} outline around {thing}",
         ),
     ),
     "insert": Wording(
@@ -451,14 +480,14 @@ WORDINGS: dict[str, Wording] = {
             "insert the object of picture 2 at the {place} of picture 1",
             "add the object from picture 2 to the {place}",
             "put the object of picture 2 at the {place}",
-        ),
-        (
             "copy the object from picture 2 to the {place} of picture 1",
             "put the shape from picture 2 at the {place} of picture 1",
-        ),
-        (
             "put the object from picture 2 into the {place} of picture 1",
             "I want the shape of picture 2 at the {place} of picture 1",
+        ),
+        (
+            "take the object from picture 2 to the {place} of picture 1",
+            "I want the object of picture 2 at the {place}",
         ),
     ),
     "palette": Wording(
@@ -471,11 +500,14 @@ WORDINGS: dict[str, Wording] = {
             "paint picture 1 in the colours of picture 2",
             "change the colours to those of picture 2",
             "make picture 1 use the colours of picture 2",
-        ),
-        ("use the colours from picture 2", "paint everything in the colours of picture 2"),
-        (
+            "use the colours from picture 2",
+            "paint everything in the colours of picture 2",
             "I want the colours of picture 2",
             "set the colours to those of picture 2",
+        ),
+        (
+            "show picture 1 in the colours of picture 2",
+            "I want picture 1 to have the colours of picture 2",
         ),
     ),
 }

@@ -140,9 +140,10 @@ class Studio:
         return encode_shards(shards, count, encoder, self.words, self.device, style=style)
 
     def tell(self, name: str, editor: Editor, levels: Sequence[float], scale: float = 1.0) -> None:
-        """Logs how many held-out edits pass."""
-        results = self.held_out.results(editor, levels, scale)
-        self.log(f"{name}: {table(self.held_out.verdicts(results))}")
+        """Logs how many held-out edits pass, in bf16 and as if in 4 bits."""
+        for precision, which in {"bf16": editor, "NF4": editors.rounded(editor)}.items():
+            results = self.held_out.results(which, levels, scale)
+            self.log(f"{name}, {precision}: {table(self.held_out.verdicts(results))}")
 
 
 def _autoencoder(folder: Path, shards: Shards, steps: int, device: torch.device, log: Log) -> Any:
@@ -215,7 +216,7 @@ def _options() -> Any:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shards", type=int, default=540, help=f"of {SHARD} edits each")
     parser.add_argument("--per-kind", type=int, default=30, help="held-out edits to look at")
-    for stage, steps in {"vae": 5000, "editor": 38000, "lightning": 250, "style": 1200}.items():
+    for stage, steps in {"vae": 5000, "editor": 42000, "lightning": 250, "style": 1200}.items():
         parser.add_argument(f"--{stage}-steps", type=int, default=steps)
     return parser.parse_args()
 

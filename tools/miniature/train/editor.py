@@ -7,6 +7,7 @@ picture shown and the instruction (Lipman et al., 2023; Esser et al., 2024).
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from image_worker.model import components
 from image_worker.model import transformer as served
 from tools.miniature import architecture, forward
 from tools.miniature.train.data import Pairs
 from tools.miniature.train.graph import Graph
 from tools.miniature.train.optimiser import Optimiser
+from tools.miniature.train.rounding import Rounding, nf4, quantised_weights
 
 BATCH = 512
 _PEAK_RATE = 2e-3
+ROUNDED = 0.5  # of the steps, once a part of them is over, see the weights rounded to NF4
+_ROUNDED_AFTER = 1 / 3
 _WITHOUT_INSTRUCTION = 0.05  # of the prompts are empty, for classifier-free guidance
 LOOK_EVERY = 5000  # steps
 _REPORT_EVERY = 1000
@@ -48,6 +53,13 @@ class Editor:
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
         return self.text, self.transformer
+
+    def quantised_weights(self) -> list[nn.Parameter]:
+        """The weights that are quantised when served."""
+        return [
+            *quantised_weights(components.TEXT_ENCODER, self.text),
+            *quantised_weights(components.TRANSFORMER, self.transformer),
+        ]
 
     def blank(self, layout: forward.Layout) -> tuple[Tensor, Tensor]:
         """Ids and length of an empty instruction (a space, as when served)."""
@@ -82,6 +94,16 @@ def of(text: Any, transformer: Any, tokenizer: Any) -> Editor:
         )
         ropes[pictures] = (image[None], words[None])
     return Editor(text, transformer, tokenizer, (mean, deviation), ropes)
+
+
+def rounded(editor: Editor) -> Editor:
+    """A copy as it would be served in 4 bits."""
+    text, transformer = copy.deepcopy(editor.text), copy.deepcopy(editor.transformer)
+    found = replace(editor, text=text, transformer=transformer)
+    with torch.no_grad():
+        for weight in found.quantised_weights():
+            weight.copy_(nf4(weight))
+    return found
 
 
 def encode(editor: Editor, batch: Pairs) -> Tensor:
@@ -199,9 +221,9 @@ def train(
 ) -> None:
     """Trains in place, going on from the folder's checkpoint if there is one.
 
-    look: called now and then, and at the end.
+    look: called now and then, and at the end, with the weights not rounded.
     """
-    update = optimiser(editor)
+    update, rounding = optimiser(editor), Rounding(editor.quantised_weights())
     checkpoint, first = folder / "editor.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -209,11 +231,12 @@ def train(
         first = state["step"]
         report(f"going on from step {first}")
     update.set_rate(0.0, 0, steps)  # capturing takes steps, too
-    graphs = _capture(editor, data, update)
+    graphs = _capture(editor, data, update, rounding)
     report("training steps are captured")
     total, clock = torch.zeros((), device=data[0].ids.device), time.perf_counter()
     for number, turn in zip(range(first + 1, steps + 1), turns()):  # noqa: B905 (turns do not end)
         update.set_rate(_PEAK_RATE, number - 1, steps)
+        rounding.set_share(ROUNDED if number > _ROUNDED_AFTER * steps else 0.0)
         total += graphs[turn]()
         if number % _REPORT_EVERY == 0:
             mean = total.item() / _REPORT_EVERY
@@ -222,13 +245,17 @@ def train(
             total.zero_()
         if number % LOOK_EVERY == 0:
             torch.save({"optimiser": update.state(), "step": number}, checkpoint)
+            update.write()
             look(f"editor-{number}")
         if number % _REPORT_EVERY == 0:
             clock = time.perf_counter()
+    update.write()
     look("editor")
 
 
-def _capture(editor: Editor, data: Sequence[Pairs], update: Optimiser) -> list[Graph]:
+def _capture(
+    editor: Editor, data: Sequence[Pairs], update: Optimiser, rounding: Rounding
+) -> list[Graph]:
     """A training step for each set of pairs."""
     graphs: list[Graph] = []
     for pairs in data:
@@ -239,6 +266,7 @@ def _capture(editor: Editor, data: Sequence[Pairs], update: Optimiser) -> list[G
                 loss = flow_loss(editor, random_batch(pairs, blank, BATCH))
                 loss.backward()
             update.step()
+            rounding()
             return loss.detach()
 
         graphs.append(Graph(step, graphs[0].pool if graphs else None))

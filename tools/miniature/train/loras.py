@@ -1,6 +1,7 @@
 """The LoRAs' training: Lightning for 4 and 8 steps, distilled; and the outlined style.
 
-A LoRA is trained as it is used: added to the weights in float32 and rounded with them to bf16.
+A LoRA is trained as it is used: added to the weights in float32 and rounded with them to bf16, and
+in a share of the steps to NF4.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from image_worker.catalog import LIGHTNING_SAMPLER
 from image_worker.edit.schedule import sigmas
+from image_worker.model.components import TRANSFORMER
 from tools.miniature.train.data import Pairs
 from tools.miniature.train.editor import (
     BATCH,
+    ROUNDED,
     Editor,
     compiled,
     encode,
@@ -28,6 +31,7 @@ from tools.miniature.train.editor import (
 )
 from tools.miniature.train.graph import Graph
 from tools.miniature.train.optimiser import Optimiser
+from tools.miniature.train.rounding import Rounding, quantised_weights
 
 RANK = ALPHA = 8
 _SCALE = ALPHA / RANK
@@ -54,7 +58,11 @@ MODULES = (
 
 
 class Student:
-    """A copy of an editor in which only a LoRA is trained; `editor` has it merged at all times."""
+    """A copy of an editor in which only a LoRA is trained; `editor` has it merged at all times.
+
+    Between steps its weights are those of the step before, rounded to NF4 or not; `merge` undoes
+    the rounding.
+    """
 
     def __init__(self, teacher: Editor) -> None:
         transformer = copy.deepcopy(teacher.transformer).requires_grad_(False)
@@ -66,6 +74,11 @@ class Student:
         ]
         self._merged = {name: transformer.get_submodule(name).weight for name in names}
         self._weights = {name: weight.float() for name, weight in self._merged.items()}
+        quantised = quantised_weights(TRANSFORMER, transformer)
+        of_lora = set(map(id, self._merged.values()))
+        self._others = [weight for weight in quantised if id(weight) not in of_lora]
+        self._plain = [weight.detach().clone() for weight in self._others]
+        self._rounding = Rounding(quantised)
         self._downs, self._ups = {}, {}
         for name, weight in self._merged.items():
             weight.requires_grad_(True)
@@ -76,6 +89,7 @@ class Student:
         factors = [*self._downs.values(), *self._ups.values()]
         self._optimiser = Optimiser([], factors)
         self.set_rate = self._optimiser.set_rate
+        self.set_share = self._rounding.set_share
 
     @torch.no_grad()
     def step(self) -> None:
@@ -86,9 +100,16 @@ class Student:
                 up.grad, down.grad = factor_gradients(merged.grad.float(), up, down)
                 merged.grad = None
         self._optimiser.step()
+        self.merge()
+        self._rounding()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Sets all weights to what is served in bf16."""
         for name, merged in self._merged.items():
             parts = self._weights[name], self._ups[name], self._downs[name]
             merged.copy_(torch.addmm(*parts, alpha=_SCALE))
+        torch._foreach_copy_(self._others, self._plain)
 
     def tensors(self) -> dict[str, Tensor]:
         """The LoRA in the format of Lightning's published files, bf16."""
@@ -201,10 +222,14 @@ def _run(
     steps: int,
     report: Callable[..., None],
 ) -> None:
-    """Replays steps, at a rate that falls to zero."""
+    """Replays steps, at a rate that falls to zero; then merges the students' LoRAs for good."""
+    for student in students:
+        student.set_share(ROUNDED)
     for number, turn in zip(range(steps), turns()):  # noqa: B905 (turns have no end)
         for student in students:
             student.set_rate(rate, number, steps)
         loss = graphs[turn % len(graphs)]()
         if number % 100 == 99:
             report(f"{name} step {number + 1}: loss {loss.item():.4f}")
+    for student in students:
+        student.merge()

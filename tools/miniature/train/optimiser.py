@@ -51,9 +51,14 @@ class Optimiser:
         nn.utils.clip_grad_norm_(self._masters, 1.0)
         self._adam.step()
         self._muon.step(self._rate)
-        torch._foreach_copy_(self._params, self._masters)
+        self.write()
         for param in self._params:
             param.grad = None
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Sets the parameters to the masters' values."""
+        torch._foreach_copy_(self._params, self._masters)
 
     def set_rate(self, peak: float, step: int, steps: int) -> None:
         """For a step of `steps`: up to the peak in the first hundredth, then straight to zero."""
@@ -79,7 +84,7 @@ class Optimiser:
         self._adam.load_state_dict(state["adam"])
         for group in self._adam.param_groups:
             group["lr"] = self._rate
-        torch._foreach_copy_(self._params, self._masters)
+        self.write()
 
 
 class _Muon:
