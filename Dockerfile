@@ -46,5 +46,5 @@ USER $RUN_AS
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=10s --start-period=15m \
     CMD ["python", "-m", "image_worker.serve.health"]
-ENTRYPOINT ["tini", "-g", "--"]
+ENTRYPOINT ["tini", "--"]
 CMD ["python", "handler.py"]

@@ -16,7 +16,6 @@ from PIL import Image
 
 from image_worker.edit import denoise as denoise_module
 from image_worker.errors import BrokenPicture, DoesNotFit
-from image_worker.job.response import size_warnings
 from image_worker.settings import Settings
 from image_worker.worker import Worker
 from tests.conftest import make_picture
@@ -34,7 +33,7 @@ def picture(reply: dict[str, Any], number: int = 0) -> Image.Image:
 
 
 def test_a_reply_has_the_picture_and_how_it_was_made(worker: Worker) -> None:
-    reply = worker.run(job(seed=11))
+    reply = worker.run_blocking(job(seed=11))
     assert picture(reply).size == (128, 128)
     assert reply["output_image_base64"] == reply["images"][0]
     expected = {
@@ -49,59 +48,68 @@ def test_a_reply_has_the_picture_and_how_it_was_made(worker: Worker) -> None:
         "precision": "bf16",
     }
     assert {name: reply[name] for name in expected} == expected
-    assert set(reply["timings"]) == {"fetch", "encode", "denoise", "decode", "total"}
+    assert set(reply["timings"]) == {
+        "fetch",
+        "wait",
+        "encode",
+        "denoise",
+        "decode",
+        "file",
+        "total",
+    }
     assert all(seconds >= 0 for seconds in reply["timings"].values())
     json.dumps(reply, allow_nan=False)
 
 
 def test_the_first_reply_tells_of_the_cold_start() -> None:
     fresh = Worker.from_settings(Settings.from_env({"MODEL": "mini"}))
-    first, second = fresh.run(job()), fresh.run(job())
+    first, second = fresh.run_blocking(job()), fresh.run_blocking(job())
     names = [step["name"] for step in first["cold_start"]["steps"]]
     assert names[0] == "find files" and names[-1] == "first edit"
     assert "cold_start" not in second
 
 
 def test_the_seed_is_reported_and_repeats_the_picture(worker: Worker) -> None:
-    first = worker.run(job())
-    again = worker.run(job(seed=first["seed"]))
-    other = worker.run(job())
+    first = worker.run_blocking(job())
+    again = worker.run_blocking(job(seed=first["seed"]))
+    other = worker.run_blocking(job())
     assert first["images"] == again["images"]
     assert first["images"] != other["images"]
 
 
 def test_several_pictures_are_those_of_their_seeds(worker: Worker) -> None:
-    reply = worker.run(job(seed=3, num_images=3))
+    reply = worker.run_blocking(job(seed=3, num_images=3))
     assert reply["seeds"] == [3, 4, 5]
     assert len(set(reply["images"])) == 3
     assert (picture(reply, 2).size, picture(reply).format) == ((128, 128), "PNG")
 
 
 def test_defaults_with_lightning(worker: Worker) -> None:
-    reply = worker.run(job(num_inference_steps=None))
+    reply = worker.run_blocking(job(num_inference_steps=None))
     assert (reply["num_inference_steps"], reply["true_cfg_scale"]) == (8, 1.0)
     assert reply["warnings"] == []
 
 
 def test_defaults_without_lightning() -> None:
     plain = Worker.from_settings(Settings.from_env({"MODEL": "mini", "USE_LIGHTNING_LORA": "0"}))
-    reply = plain.run(job(num_inference_steps=None))
+    reply = plain.run_blocking(job(num_inference_steps=None))
     assert (reply["num_inference_steps"], reply["true_cfg_scale"]) == (20, 1.0)
     assert reply["lightning_enabled"] is False
-    one = plain.run(job(num_inference_steps=1))
+    one = plain.run_blocking(job(num_inference_steps=1))
     assert one["error"]["field"] == "num_inference_steps"
 
 
 def test_what_is_likely_not_meant_is_said(worker: Worker) -> None:
-    reply = worker.run(job(true_cfg_scale=4.0, num_inference_steps=3))
+    reply = worker.run_blocking(job(true_cfg_scale=4.0, num_inference_steps=3))
     assert len(reply["warnings"]) == 2
-    reply = worker.run(job(num_inference_steps=8, negative_prompt="ugly"))
+    reply = worker.run_blocking(job(num_inference_steps=8, negative_prompt="ugly"))
     assert len(reply["warnings"]) == 1
 
 
 def test_guidance_and_negative_prompt_reach_the_picture(worker: Worker) -> None:
     def edit(**options: Any) -> Any:
-        return worker.run(job(seed=1, **options))["images"]
+        reply = worker.run_blocking(job(seed=1, embed_metadata=False, **options))
+        return reply["images"]
 
     plain, guided = edit(), edit(true_cfg_scale=4.0)
     assert plain != guided
@@ -113,13 +121,13 @@ def test_guidance_and_negative_prompt_reach_the_picture(worker: Worker) -> None:
 def test_the_default_guidance_can_be_set() -> None:
     settings = Settings.from_env({"MODEL": "mini", "DEFAULT_CFG_SCALE": "2.5"})
     guided = Worker.from_settings(settings)
-    assert guided.run(job())["true_cfg_scale"] == 2.5
-    assert guided.run(job(true_cfg_scale=1.0))["true_cfg_scale"] == 1.0
+    assert guided.run_blocking(job())["true_cfg_scale"] == 2.5
+    assert guided.run_blocking(job(true_cfg_scale=1.0))["true_cfg_scale"] == 1.0
 
 
 def test_the_last_picture_gives_the_shape(worker: Worker) -> None:
     pair = [as_base64(make_picture(100, 200)), as_base64(make_picture(200, 100))]
-    reply = worker.run(job(image_base64=None, images=pair))
+    reply = worker.run_blocking(job(image_base64=None, images=pair))
     assert (reply["width"], reply["height"]) == (192, 96)
 
 
@@ -136,7 +144,7 @@ def test_one_job_at_a_time_has_the_card(worker: Worker, monkeypatch: Any) -> Non
 
     monkeypatch.setattr(denoise_module, "velocities", counting)
     with ThreadPoolExecutor(4) as pool:
-        replies = list(pool.map(lambda seed: worker.run(job(seed=seed)), [1, 1, 1, 2]))
+        replies = list(pool.map(lambda seed: worker.run_blocking(job(seed=seed)), [1, 1, 1, 2]))
     assert max(most) == 1
     pictures = [reply["images"] for reply in replies]
     assert pictures[0] == pictures[1] == pictures[2] != pictures[3]
@@ -153,12 +161,12 @@ def test_a_model_that_cannot_edit_prevents_the_start(monkeypatch: Any) -> None:
 
 @pytest.mark.parametrize(("form", "pillow"), [("jpeg", "JPEG"), ("webp", "WEBP"), ("png", "PNG")])
 def test_output_formats(form: str, pillow: str, worker: Worker) -> None:
-    assert picture(worker.run(job(output_format=form))).format == pillow
+    assert picture(worker.run_blocking(job(output_format=form))).format == pillow
 
 
 def test_quality_matters(worker: Worker) -> None:
     sizes = [
-        len(worker.run(job(seed=1, output_format="jpeg", quality=quality))["images"][0])
+        len(worker.run_blocking(job(seed=1, output_format="jpeg", quality=quality))["images"][0])
         for quality in (10, 95)
     ]
     assert sizes[0] < sizes[1] / 2
@@ -176,25 +184,25 @@ def test_sizes(
     size: tuple[int, int], options: dict[str, int], expected: tuple[int, int], worker: Worker
 ) -> None:
     image = as_base64(make_picture(*size))
-    assert picture(worker.run(job(image_base64=image, **options))).size == expected
+    assert picture(worker.run_blocking(job(image_base64=image, **options))).size == expected
 
 
 def test_a_shape_that_needs_a_size(worker: Worker) -> None:
     narrow = as_base64(make_picture(640, 80))
-    error = worker.run(job(image_base64=narrow))["error"]
+    error = worker.run_blocking(job(image_base64=narrow))["error"]
     assert error["field"] == "height"
     assert "give width and height" in error["message"]
-    assert "images" in worker.run(job(image_base64=narrow, width=256, height=64))
+    assert "images" in worker.run_blocking(job(image_base64=narrow, width=256, height=64))
 
 
 def test_four_references(worker: Worker) -> None:
     four = [as_base64(make_picture(96 + 16 * n, 128, n)) for n in range(4)]
-    assert "images" in worker.run(job(image_base64=None, images=four))
+    assert "images" in worker.run_blocking(job(image_base64=None, images=four))
 
 
 def test_progress_is_told(worker: Worker) -> None:
     seen: list[tuple[int, int]] = []
-    worker.run(job(num_inference_steps=3), lambda step, of: seen.append((step, of)))
+    worker.run_blocking(job(num_inference_steps=3), lambda step, of: seen.append((step, of)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -251,10 +259,10 @@ def test_a_hundred_malformed_jobs_each_get_a_typed_error(
 ) -> None:
     jobs = malformed()
     assert len(jobs) >= 100
-    before = worker.run(job(seed=1))["images"]
+    before = worker.run_blocking(job(seed=1))["images"]
     with caplog.at_level(logging.CRITICAL):
         for number, job_input in enumerate(jobs):
-            reply = worker.run({"id": str(number), "input": job_input})
+            reply = worker.run_blocking({"id": str(number), "input": job_input})
             assert set(reply) == {"error"}, f"accepted: {str(job_input)[:200]}"
             error = reply["error"]
             assert error["type"] in ("invalid_request", "invalid_image", "image_unavailable")
@@ -262,7 +270,9 @@ def test_a_hundred_malformed_jobs_each_get_a_typed_error(
             for secret in ("Traceback", "/usr", "/root", "site-packages", 'File "'):
                 assert secret not in error["message"]
             json.dumps(reply, allow_nan=False)
-    assert worker.run(job(seed=1))["images"] == before, "the next good job works, and as before"
+    assert worker.run_blocking(job(seed=1))["images"] == before, (
+        "the next good job works, and as before"
+    )
 
 
 def test_an_unforeseen_error_tells_the_log_and_not_the_caller(
@@ -271,14 +281,14 @@ def test_an_unforeseen_error_tells_the_log_and_not_the_caller(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("secret path /root/x")
 
-    monkeypatch.setattr("image_worker.worker.denoise", fail)
-    reply = worker.run(job() | {"id": "job-7"})
+    monkeypatch.setattr("image_worker.engine.step", fail)
+    reply = worker.run_blocking(job() | {"id": "job-7"})
     assert reply["error"]["type"] == "internal_error"
     assert reply["error"]["retryable"] is True
     assert "secret" not in json.dumps(reply)
     assert "job-7" in caplog.text and "secret path" in caplog.text and "Traceback" in caplog.text
     monkeypatch.undo()
-    assert "images" in worker.run(job())
+    assert "images" in worker.run_blocking(job())
 
 
 def test_memory_that_runs_out_is_that_jobs_error(worker: Worker, monkeypatch: Any) -> None:
@@ -286,11 +296,11 @@ def test_memory_that_runs_out_is_that_jobs_error(worker: Worker, monkeypatch: An
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(denoise_module, "velocities", fail)
-    error = worker.run(job())["error"]
+    error = worker.run_blocking(job())["error"]
     assert error["type"] == "out_of_memory"
     assert "smaller size" in error["message"]
     monkeypatch.undo()
-    assert "images" in worker.run(job())
+    assert "images" in worker.run_blocking(job())
 
 
 @pytest.mark.parametrize("text", ["CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"])
@@ -301,7 +311,7 @@ def test_other_libraries_lack_memory_in_other_words(
         raise RuntimeError(text)
 
     monkeypatch.setattr(denoise_module, "velocities", fail)
-    assert worker.run(job())["error"]["type"] == "out_of_memory"
+    assert worker.run_blocking(job())["error"]["type"] == "out_of_memory"
 
 
 def test_numbers_that_overflow_are_no_picture(worker: Worker, monkeypatch: Any) -> None:
@@ -311,7 +321,7 @@ def test_numbers_that_overflow_are_no_picture(worker: Worker, monkeypatch: Any) 
         return [velocity * float("inf") for velocity in stock(module, rows)]
 
     monkeypatch.setattr(denoise_module, "velocities", overflow)
-    error = worker.run(job())["error"]
+    error = worker.run_blocking(job())["error"]
     assert error["type"] == "broken_picture" and "the model's numbers" in error["message"]
 
 
@@ -320,13 +330,8 @@ def test_a_vae_that_overflows_makes_no_picture(worker: Worker, monkeypatch: Any)
         return (torch.full((1, 3, 1, 128, 128), float("nan")),)
 
     monkeypatch.setattr(worker.model.vae, "decode", overflow)
-    error = worker.run(job())["error"]
+    error = worker.run_blocking(job())["error"]
     assert error["type"] == "broken_picture" and "VAE" in error["message"]
-
-
-def test_an_answer_that_runpod_may_drop_is_told() -> None:
-    assert size_warnings(["x" * 4_000_000]) == []
-    assert "RunPod drops" in size_warnings(["x" * 6_000_000])[0]
 
 
 def test_settings_without_effect_are_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,9 @@
     └── EngineError                the worker failed a job that was right
         ├── OutOfMemory            this job needs more memory than the card has left
         ├── BrokenPicture          the model produced numbers that are no picture (NaN or infinity)
+        ├── CardLost               CUDA failed for good; the process is replaced (may be retried)
+        ├── ReplyTooLarge          the pictures made are more than one reply may hold
+        ├── StorageUnavailable     the pictures made could not be stored (may be retried)
         └── InternalError          anything unforeseen; details are in the log only (may be retried)
 
 Third-party errors are translated once, where they enter; what no one foresaw becomes an
@@ -106,6 +109,20 @@ class OutOfMemory(EngineError):
 
 class BrokenPicture(EngineError):
     type = "broken_picture"
+
+
+class CardLost(EngineError):
+    type = "card_lost"
+    retryable = True
+
+
+class ReplyTooLarge(EngineError):
+    type = "reply_too_large"
+
+
+class StorageUnavailable(EngineError):
+    type = "storage_unavailable"
+    retryable = True
 
 
 class InternalError(EngineError):

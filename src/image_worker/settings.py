@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -80,6 +80,32 @@ class Settings(BaseSettings):
     standalone_mode: bool = Field(False, description="serve plain HTTP instead of RunPod's queue")
     api_host: str = Field("127.0.0.1", description="address of the standalone server")
     api_port: int = Field(8000, ge=1, le=65_535, description="port of the standalone server")
+    api_key: SecretStr | None = Field(
+        None, description="bearer key that the standalone server asks for"
+    )
+    queue_size: int = Field(
+        100, ge=1, le=10_000, description="most unfinished jobs of the standalone server"
+    )
+    max_reply_mb: int = Field(
+        10, ge=0, le=1000, description="largest reply with pictures in it, in MB; 0 is no limit"
+    )
+    embed_metadata: bool = Field(
+        True, description="write the prompt, the seed and the model into the pictures' files"
+    )
+    bucket_endpoint_url: str | None = Field(
+        None,
+        description="S3 storage for the pictures: its URL, with the bucket's name or not",
+    )
+    bucket_access_key_id: SecretStr | None = Field(None, description="the storage's access key")
+    bucket_secret_access_key: SecretStr | None = Field(
+        None, description="the secret of that access key"
+    )
+    bucket_name: str | None = Field(
+        None, description="the bucket, where its name is not in the storage's URL"
+    )
+    bucket_link_seconds: int = Field(
+        604_800, ge=60, le=604_800, description="how long links to stored pictures are valid"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="how much is logged"
     )
@@ -119,6 +145,7 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     def _refuse_contradictions(self) -> None:
+        self._refuse_half_a_bucket()
         if self.quantize_components == "text" and self.precision_mode == "bf16":
             raise InvalidSettings(
                 "QUANTIZE_COMPONENTS=text has no meaning with PRECISION_MODE=bf16; drop one"
@@ -129,6 +156,14 @@ class Settings(BaseSettings):
             raise InvalidSettings(
                 f"INT8_CPU_OFFLOAD=1 contradicts PRECISION_MODE={self.precision_mode}; "
                 "use CPU_OFFLOAD=model to offload at another precision"
+            )
+
+    def _refuse_half_a_bucket(self) -> None:
+        needed = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
+        missing = [name.upper() for name in needed if getattr(self, name) is None]
+        if missing and (len(missing) < len(needed) or self.bucket_name is not None):
+            raise InvalidSettings(
+                f"storage needs {', '.join(missing)}, too; or unset all BUCKET_ variables"
             )
 
 

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import re
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
-import torch
 from PIL import Image
+from torch import Tensor
 
 from image_worker.catalog import ModelEntry, choose
 from image_worker.edit import conditions, sizes
 from image_worker.edit.decode import decode
 from image_worker.edit.denoise import Progress, denoise, start
 from image_worker.edit.schedule import check_steps
-from image_worker.errors import InternalError, InvalidRequest, OutOfMemory, WorkerError
+from image_worker.engine import Engine, Made, Order
+from image_worker.errors import CardLost, InternalError, InvalidRequest, WorkerError
 from image_worker.job.images import load_images
 from image_worker.job.request import EditRequest, summary
-from image_worker.job.response import encode_image, failure, size_warnings, success
+from image_worker.job.response import Outlet, failure, make_reply
+from image_worker.job.storage import Storage
 from image_worker.model.build import Model, build
 from image_worker.model.placement import detect_hardware
 from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+_PREPARING = 32  # threads: most of them wait for pictures from elsewhere
+_FINISHING = 4  # threads: they compress pictures
+
 
 class Worker:
-    """One model on one card. `run` may be called from several threads; the card is used by one."""
+    """One model on one card, for any number of jobs at a time.
+
+    The event loop only passes jobs on: pictures are fetched, decoded and encoded on threads, and
+    the card has a thread of its own (`engine.py`).
+    """
 
     def __init__(self, settings: Settings, model: Model) -> None:
         self.settings = settings
         self.model = model
-        self._card = threading.Lock()
+        self.engine = Engine(model, settings.batch_size, settings.batch_timeout_ms / 1000)
+        self._preparing = ThreadPoolExecutor(_PREPARING, "preparing")
+        self._finishing = ThreadPoolExecutor(_FINISHING, "finishing")
         self._cold_start: dict[str, Any] | None = asdict(model.cold_start)
 
     @classmethod
@@ -46,6 +57,7 @@ class Worker:
         Raises:
             OperatorError: the settings cannot be honoured on this machine.
         """
+        Storage.from_settings(settings)  # a wrong one is found before any job
         hardware = detect_hardware(settings)
         entry = choose(settings.model, has_card=hardware.free is not None)
         if settings.model == "auto":
@@ -59,36 +71,91 @@ class Worker:
         """The model's entry in the catalogue."""
         return self.model.entry
 
-    def run(self, job: Mapping[str, Any], progress: Progress | None = None) -> dict[str, Any]:
-        """One job, `{"id", "input"}`, to its reply. Never raises: errors are replies, too."""
+    @property
+    def broken(self) -> bool:
+        """Whether the process must be replaced: its card is lost, and every job would fail."""
+        return self.engine.lost
+
+    def close(self) -> None:
+        """Stops the threads. Jobs that are not done are cancelled."""
+        self.engine.close()
+        self._preparing.shutdown(wait=False, cancel_futures=True)
+        self._finishing.shutdown(wait=False, cancel_futures=True)
+
+    async def run(
+        self,
+        job: Mapping[str, Any],
+        progress: Progress | None = None,
+        previews: Callable[[Image.Image], None] | None = None,
+    ) -> dict[str, Any]:
+        """One job, `{"id", "input", "s3Config"}`, to its reply. Errors are replies, too.
+
+        Cancelling it takes the job off the card between two steps. progress(step, of) and
+        previews(picture) are called on the event loop after each step.
+        """
         job_id = str(job.get("id", "local"))[:100]
         try:
-            request = EditRequest.parse(job.get("input"), self.entry)
-            log.info("job %s: %s", job_id, summary(request))
-            reply = self._edit(request, progress)
+            reply = await self._edit(job_id, job, progress, previews)
             log.info("job %s: done, %s", job_id, reply["timings"])
             return reply
         except WorkerError as error:
             log.warning("job %s: %s: %s", job_id, error.type, error, exc_info=error.__cause__)
             return failure(error)
+        except asyncio.CancelledError:
+            log.info("job %s: cancelled", job_id)
+            raise
         except Exception:  # the one catch-all: details to the log, none to the caller
             log.exception("job %s: unforeseen error", job_id)
             return failure(InternalError("the worker failed; its log has the details"))
 
-    def _edit(self, request: EditRequest, progress: Progress | None) -> dict[str, Any]:
+    def run_blocking(
+        self, job: Mapping[str, Any], progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """`run`, for callers without an event loop."""
+        return asyncio.run(self.run(job, progress))
+
+    async def _edit(
+        self,
+        job_id: str,
+        job: Mapping[str, Any],
+        progress: Progress | None,
+        previews: Callable[[Image.Image], None] | None,
+    ) -> dict[str, Any]:
         clock = _Clock()
+        if self.broken:
+            raise CardLost("this worker is being replaced; try again on another one")
+        with self.engine.announced():
+            request, order, outlet = await self._on(self._preparing, self._prepare, job_id, job)
+            clock.passed("fetch")
+            watcher = _watcher(asyncio.get_running_loop(), progress, previews)
+            order = replace(order, watcher=watcher, previews=previews is not None)
+            card = self.engine.submit(order)
+        made = await asyncio.wrap_future(card)
+        clock.add(made.seconds)
+        facts = self._facts(request, order, made) | clock.facts() | self._once()
+        pictures = [Image.fromarray(pixels.numpy()) for pixels in made.pixels]
+        reply = await self._on(self._finishing, make_reply, pictures, request, facts, outlet)
+        clock.passed("file")
+        return reply | clock.facts()
+
+    async def _on(self, pool: ThreadPoolExecutor, work: Callable[..., T], *given: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *given)
+
+    def _prepare(self, job_id: str, job: Mapping[str, Any]) -> tuple[EditRequest, Order, Outlet]:
+        """All that comes before the card."""
+        request = EditRequest.parse(job.get("input"), self.entry)
+        log.info("job %s: %s", job_id, summary(request))
         self._check(request)
-        with clock("fetch", on_card=False):
-            images = load_images(request.sources)
+        outlet = Outlet.of(self.settings, job.get("s3Config"), job_id)
+        if self.settings.runpod_webhook_get_job is None:
+            outlet = replace(outlet, max_bytes=None)  # only the queue drops large replies
+        images = load_images(request.sources)
+        cfg_scale = self._cfg_scale(request)
+        negative = (request.negative_prompt or " ") if cfg_scale > 1 else None
+        prepared = conditions.prepare(self.model, request.prompt, negative, images)
         size = self._size(request, images)
-        with self._card, _memory_errors(*size):
-            results = self._make(request, images, size, clock, progress)
-            cold_start = self._once()
-        files = [
-            encode_image(result, request.output_format, request.encoder_quality)
-            for result in results
-        ]
-        return success(files, self._facts(request, size, files) | clock.facts() | cold_start)
+        order = Order(prepared, size, request.seeds, self._steps(request), cfg_scale)
+        return request, order, outlet
 
     def _check(self, request: EditRequest) -> None:
         """What only the model can tell of a request, before anything is fetched."""
@@ -97,46 +164,23 @@ class Worker:
         if request.negative_prompt is not None:
             conditions.check_prompt(self.model, request.negative_prompt, "negative_prompt")
 
-    def _make(
-        self,
-        request: EditRequest,
-        images: list[Image.Image],
-        size: tuple[int, int],
-        clock: _Clock,
-        progress: Progress | None,
-    ) -> list[Image.Image]:
-        """The card's part: conditions, latents, pictures."""
-        cfg_scale = self._cfg_scale(request)
-        with clock("encode"):
-            negative = (request.negative_prompt or " ") if cfg_scale > 1 else None
-            encoded = conditions.encode(self.model, request.prompt, negative, images)
-        with clock("denoise"):
-            steps = self._steps(request)
-            pictures = [
-                start(self.model, encoded, size, seed=seed, steps=steps, cfg_scale=cfg_scale)
-                for seed in request.seeds
-            ]
-            denoise(self.model, pictures, progress)
-        with clock("decode"):
-            return [decode(self.model, picture) for picture in pictures]
-
-    def _facts(
-        self, request: EditRequest, size: tuple[int, int], files: list[str]
-    ) -> dict[str, Any]:
+    def _facts(self, request: EditRequest, order: Order, made: Made) -> dict[str, Any]:
         """How the pictures were made."""
+        width, height = order.size
         return {
             "prompt": request.prompt,
             "seed": request.seed,
             "seeds": request.seeds,
-            "num_inference_steps": self._steps(request),
+            "num_inference_steps": order.steps,
             "lightning_enabled": self.model.lightning_steps is not None,
-            "true_cfg_scale": self._cfg_scale(request),
-            "width": size[0],
-            "height": size[1],
+            "true_cfg_scale": order.cfg_scale,
+            "width": width,
+            "height": height,
             "output_format": request.output_format,
             "model": self.entry.name,
             "precision": self.model.plan.precision,
-            "warnings": self._warnings(request) + size_warnings(files),
+            "batch_size": round(made.together, 2),
+            "warnings": self._warnings(request),
         }
 
     def _steps(self, request: EditRequest) -> int:
@@ -191,36 +235,38 @@ def warm_up(model: Model) -> None:
 
 
 class _Clock:
-    """Seconds per stage, and in all."""
+    """Seconds per stage, one after the other, and in all."""
 
     def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._stages: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def __call__(self, stage: str, *, on_card: bool = True) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if on_card and torch.cuda.is_available():
-            torch.cuda.synchronize()  # or the next stage would be billed for this one's work
-        self._stages[stage] = time.perf_counter() - start
+    def passed(self, stage: str) -> None:
+        """The time since the last stage was that of `stage`."""
+        now = time.perf_counter()
+        self.seconds[stage], self._last = now - self._last, now
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Stages that were measured elsewhere, up to now."""
+        self.seconds |= seconds
+        self._last = time.perf_counter()
 
     def facts(self) -> dict[str, Any]:
-        stages = self._stages | {"total": time.perf_counter() - self._start}
+        stages = self.seconds | {"total": time.perf_counter() - self._start}
         return {"timings": {stage: round(seconds, 4) for stage, seconds in stages.items()}}
 
 
-@contextmanager
-def _memory_errors(width: int, height: int) -> Iterator[None]:
-    """A job too large for the card is that job's error; its memory is given back."""
-    try:
-        yield
-    except RuntimeError as error:
-        # torch's own error, and cuBLAS' and the driver's, which have no type of their own
-        if not re.search(r"out of memory|ALLOC_FAILED", str(error)):
-            raise
-        torch.cuda.empty_cache()
-        raise OutOfMemory(
-            f"{width}x{height} with these pictures needs more memory than the card has left; "
-            "use a smaller size, fewer pictures, or num_images 1"
-        ) from error
+def _watcher(
+    loop: asyncio.AbstractEventLoop,
+    progress: Progress | None,
+    previews: Callable[[Image.Image], None] | None,
+) -> Callable[[int, int, Tensor | None], None]:
+    """What the engine calls on its thread; the caller's functions run on the event loop."""
+
+    def tell(step: int, of: int, pixels: Tensor | None) -> None:
+        if progress:
+            loop.call_soon_threadsafe(progress, step, of)
+        if previews and pixels is not None:
+            loop.call_soon_threadsafe(previews, Image.fromarray(pixels.numpy()))
+
+    return tell

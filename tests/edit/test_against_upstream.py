@@ -26,7 +26,7 @@ PROMPT = "make the red circle blue"
 SIZE = (160, 128)
 # A trained model magnifies rounding from step to step, and guidance by 4 even more: upstream's own
 # bf16 picture is only 50 to 51 dB from its float32 one without guidance, and 40 to 44 dB with it.
-LATENT_TOLERANCE = 1e-4  # float32, largest absolute difference
+LATENT_TOLERANCE = {False: 1e-4, True: 5e-4}  # float32, largest difference; with guidance
 PICTURE_PSNR = {  # dB, by type and by whether there is guidance
     (torch.float32, False): 80.0,
     (torch.float32, True): 80.0,
@@ -69,7 +69,7 @@ def assert_equal(
     }
     if model.dtype == torch.float32:
         expected = upstream.edit(pipeline, MINI, images, monkeypatch, "latent", **options)
-        assert (latents - expected[0]).abs().max() <= LATENT_TOLERANCE
+        assert (latents - expected[0]).abs().max() <= LATENT_TOLERANCE[cfg_scale > 1]
     expected = upstream.edit(pipeline, MINI, images, monkeypatch, "pil", **options)
     assert psnr(picture, expected[0]) >= PICTURE_PSNR[model.dtype, cfg_scale > 1]
     assert np.asarray(picture).std() > 5, "a flat picture would equal anything"
@@ -128,7 +128,7 @@ def test_text_to_image(dtype: torch.dtype, cfg_scale: float) -> None:
         ).images[0]
 
     if dtype == torch.float32:
-        assert (latents - stock("latent")).abs().max() <= LATENT_TOLERANCE
+        assert (latents - stock("latent")).abs().max() <= LATENT_TOLERANCE[cfg_scale > 1]
     assert psnr(picture, stock("pil")) >= PICTURE_PSNR[model.dtype, cfg_scale > 1]
 
 

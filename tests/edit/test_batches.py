@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from image_worker.edit import conditions
-from image_worker.edit.denoise import Picture, _shares, denoise, start
+from image_worker.edit.denoise import Picture, denoise, start
 from image_worker.model import transformer
 from tests.conftest import build_mini, make_picture, mini_model
 from tests.edit.test_against_upstream import zero_cond_entry
@@ -78,18 +78,6 @@ def test_zero_cond_t_in_a_batch_of_different_sizes(tmp_path: Path) -> None:
         assert (picture.latents - alone.latents).abs().max() <= 1e-4
 
 
-def test_no_forward_is_larger_than_fits() -> None:
-    def row(image: int, text: int) -> transformer.Row:
-        return transformer.Row(torch.empty(image, 1), ((1, 1, image),), torch.empty(text, 1), 1.0)
-
-    rows = [row(10, 2), row(10, 2), row(30, 2), row(10, 2), row(100, 2)]
-    assert [len(share) for share in _shares(rows, None)] == [5]
-    # 24 tokens fit twice; with the long row, all are padded to 32.
-    assert [len(share) for share in _shares(rows, 64)] == [2, 2, 1]
-    assert [len(share) for share in _shares(rows, 63)] == [2, 1, 1, 1]
-    assert [row for share in _shares(rows, 40) for row in share] == rows
-
-
 def test_rows_share_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mini_model(torch.float32)
     counts: list[int] = []
@@ -100,9 +88,11 @@ def test_rows_share_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
         return stock(module, rows)
 
     monkeypatch.setattr("image_worker.edit.denoise.velocities", counting)
-    denoise(model, [make(model, number) for number in range(4)])
-    # Five rows (one picture has guidance), of which each leaves when its own steps are over.
-    assert counts == [5, 5, 3, 3, 2, 1, 1]
+    alike = [{**JOBS[0], "steps": steps} for steps in (4, 2)] + [{**JOBS[0], "cfg": 2.0}]
+    monkeypatch.setattr("tests.edit.test_batches.JOBS", tuple(alike))
+    denoise(model, [make(model, number) for number in range(3)])
+    # Four rows (one picture has guidance), of which each leaves when its own steps are over.
+    assert counts == [4, 4, 3, 3]
 
 
 def test_progress_counts_the_longest() -> None:

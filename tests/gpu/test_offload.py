@@ -50,7 +50,7 @@ def test_offload_does_not_change_the_picture(precision: str) -> None:
             {"MODEL": "mini", "PRECISION_MODE": precision, "CPU_OFFLOAD": offload}
         )
         worker = Worker.from_settings(settings)
-        replies = [worker.run(job(seed=3)) for _ in range(2)]
+        replies = [worker.run_blocking(job(seed=3)) for _ in range(2)]
         assert replies[0]["images"] == replies[1]["images"]
         return Image.open(io.BytesIO(base64.b64decode(replies[0]["images"][0])))
 

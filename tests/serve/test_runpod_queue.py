@@ -1,40 +1,45 @@
-"""The handler under the real RunPod SDK: its job runner, and its HTTP server."""
+"""The adapter to RunPod's SDK: what it posts, how many jobs it takes, and its local server."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from runpod.serverless.modules import rp_ping, rp_scale
 from runpod.serverless.modules.rp_job import run_job
 
+from image_worker.serve import runpod_queue
 from image_worker.serve.runpod_queue import for_sdk, serve
 from image_worker.settings import Settings
 from image_worker.worker import Worker
+from tests.serve.stub_worker import StubWorker
 from tests.worker_jobs import job
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def worker() -> Worker:
-    return Worker.from_settings(Settings.from_env({"MODEL": "mini"}))
+def worker() -> Iterator[Worker]:
+    worker = Worker.from_settings(Settings.from_env({"MODEL": "mini"}))
+    yield worker
+    worker.close()
 
 
 def through_the_sdk(worker: Worker, given: dict[str, Any]) -> dict[str, Any]:
     async def handler(found: dict[str, Any]) -> dict[str, Any]:
-        return for_sdk(await asyncio.to_thread(worker.run, found))
+        return for_sdk(await worker.run(found))
 
-    found: dict[str, Any] = asyncio.run(run_job(handler, given))
-    return found
+    posted: dict[str, Any] = asyncio.run(run_job(handler, given))
+    return posted
 
 
 def test_a_good_job_is_posted_as_output(worker: Worker) -> None:
@@ -49,65 +54,93 @@ def test_an_error_is_posted_as_text_that_holds_json(worker: Worker) -> None:
     assert json.loads(posted["error"])["field"] == "seed"
 
 
-def test_the_event_loop_runs_on_while_a_job_does(monkeypatch: Any) -> None:
-    class Slow:
-        def run(self, _: Any) -> dict[str, Any]:
-            time.sleep(0.3)
-            return {"images": []}
-
+@pytest.fixture
+def config(monkeypatch: Any) -> dict[str, Any]:
+    """What the SDK is started with."""
     configs: list[dict[str, Any]] = []
     monkeypatch.setattr("runpod.serverless.start", configs.append)
-    monkeypatch.setattr(sys, "argv", ["handler.py"])
-    settings = Settings.from_env({"STANDALONE_MODE": "1", "API_HOST": "127.0.0.9"})
-    serve(Slow(), settings)  # type: ignore[arg-type]
-    assert sys.argv[-4:] == ["--rp_api_host", "127.0.0.9", "--rp_api_port", "8000"]
+    monkeypatch.setattr(rp_scale, "JobScaler", rp_scale.JobScaler)
+    monkeypatch.setattr(rp_ping.Heartbeat, "process_loop", rp_ping.Heartbeat.process_loop)
+    monkeypatch.setattr("runpod.serverless.modules.rp_fitness._fitness_checks", [])
+    settings = Settings.from_env({"BATCH_SIZE": "3"})
+    assert serve(StubWorker(), settings) == 0  # type: ignore[arg-type]
+    return configs[0]
 
-    async def beats() -> int:
-        task = asyncio.create_task(configs[0]["handler"]({"id": "1", "input": {}}))
-        count = 0
-        while not task.done():
+
+def test_there_is_a_slot_for_the_batch_and_for_the_next(config: dict[str, Any]) -> None:
+    assert [config["concurrency_modifier"](now) for now in (1, 6)] == [6, 6]
+
+
+def test_jobs_that_come_in_the_same_instant_as_the_signal_are_run(
+    config: dict[str, Any], monkeypatch: Any
+) -> None:
+    async def serve_until_stopped() -> list[str]:
+        jobs = runpod_queue._Jobs(config)
+        answered = []
+
+        async def take(session: Any, free: int) -> list[dict[str, Any]]:
+            await asyncio.sleep(0.3)
+            jobs.kill_worker()
+            await asyncio.sleep(0.3)  # the SDK's loop that runs jobs has ended meanwhile
+            return [{"id": "late", "input": {}}]
+
+        async def answer(session: Any, config: Any, found: dict[str, Any]) -> None:
+            answered.append(found["id"])
+
+        jobs.jobs_fetcher, jobs.jobs_handler = take, answer
+        await jobs.run()
+        return answered
+
+    assert asyncio.run(serve_until_stopped()) == ["late"]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_an_update_under_way_comes_before_the_result_and_ends_with_a_cancelled_job(
+    cancelled: bool, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(runpod_queue, "_TELL_SECONDS", 0.0)
+    seen: list[Any] = []
+
+    async def send(progress: dict[str, Any]) -> None:
+        await asyncio.sleep(0.2)
+        seen.append(progress["step"])
+
+    async def run() -> None:
+        async with runpod_queue._Telling(send) as telling:
+            telling(1, 3)
             await asyncio.sleep(0.01)
-            count += 1
-        return count
+            telling(2, 3)  # left out: the first is still under way
+            if cancelled:
+                raise asyncio.CancelledError
+        telling(3, 3)
+        seen.append("result")
 
-    assert asyncio.run(beats()) >= 5
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(run())
+    assert seen == ([] if cancelled else [1, "result"])
 
 
-def test_standalone_mode_serves_http(tmp_path: Path) -> None:
+def test_the_sdk_serves_http_when_it_is_asked_to(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    variables = {"STANDALONE_MODE": "1", "API_PORT": str(port), "MODEL": "mini"}
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "handler.py")],
-        env=os.environ | variables,
-        cwd=tmp_path,
-        stdout=log,
-        stderr=log,
-    )
-    health = [sys.executable, "-m", "image_worker.serve.health"]
+    command = ["-m", "tests.serve.stub_worker", "--rp_serve_api", "--rp_api_port", str(port)]
+    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL)
     try:
-        url = f"http://127.0.0.1:{port}/runsync"
-        reply = _post_when_ready(url, {"input": job()["input"]})
+        body = {"input": {"seconds": 0}}
+        reply = _post_when_ready(f"http://localhost:{port}/runsync", body)
         assert reply["status"] == "COMPLETED"
-        assert reply["output"]["images"]
-        bad = requests.post(url, json={"input": {"prompt": 1}}, timeout=30).json()
-        assert json.loads(bad["error"])["type"] == "invalid_request"
-        healthy = subprocess.run(health, env=os.environ | variables, check=False)
-        assert healthy.returncode == 0
+        assert reply["output"] == {"seed": 1}
     finally:
         process.terminate()
         process.wait(20)
-        log.close()
-    gone = subprocess.run(health, env=os.environ | variables, check=False, capture_output=True)
-    assert gone.returncode == 1
 
 
 def test_health_says_nothing_of_a_queue_worker() -> None:
     """RunPod watches its workers itself; the container's check is for standalone mode."""
-    done = subprocess.run([sys.executable, "-m", "image_worker.serve.health"], check=False)
-    assert done.returncode == 0
+    command = [sys.executable, "-m", "image_worker.serve.health"]
+    environment = {name: text for name, text in os.environ.items() if name != "STANDALONE_MODE"}
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
 
 
 def _post_when_ready(url: str, body: dict[str, Any]) -> Any:

@@ -247,6 +247,7 @@ def test_those_weights_are_rounded_that_are_quantised_when_served() -> None:
     plain = served_editor()
     expected = editor.rounded(plain)
     served = build_mini(torch.bfloat16, precision_mode="4bit", use_lightning_lora="0")
+    plain_of = {id(expected.text): plain.text, id(expected.transformer): plain.transformer}
     found = 0
     for module, like in (
         (served.text_encoder, expected.text),
@@ -256,7 +257,9 @@ def test_those_weights_are_rounded_that_are_quantised_when_served() -> None:
             if type(layer).__name__ == "Linear4bit":
                 kept = bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
                 wanted = like.get_submodule(name).weight
-                assert (kept - wanted).norm() / wanted.norm() < 0.02  # scales are rounded, too
+                assert torch.equal(kept, wanted)
+                unscaled = nf4(plain_of[id(like)].get_submodule(name).weight)
+                assert (kept - unscaled).norm() / kept.norm() < 0.02  # scales are rounded, too
                 found += 1
     assert found == len(plain.quantised_weights())
 

@@ -63,7 +63,7 @@ def main() -> None:
     for prompt in EDITS:
         images = [first, second] if "picture 2" in prompt else [first]
         given = {"prompt": prompt, "images": [_encoded(image) for image in images], "seed": SEED}
-        reply = worker.run({"id": prompt, "input": given})
+        reply = worker.run_blocking({"id": prompt, "input": given})
         cells.append((prompt, Image.open(io.BytesIO(base64.b64decode(reply["images"][0])))))
     path = ROOT / "docs" / "edits.png"
     path.parent.mkdir(exist_ok=True)

@@ -64,7 +64,7 @@ def main() -> None:
     if options.child:
         measure()
         return
-    _checkpoint(options.folder)
+    ensure_checkpoint(options.folder)
     chosen = options.only if options.only is not None else range(len(CONFIGURATIONS))
     results = []
     for number in chosen:
@@ -79,7 +79,8 @@ def main() -> None:
     sys.stdout.write(table(results))
 
 
-def _checkpoint(folder: Path) -> None:
+def ensure_checkpoint(folder: Path) -> None:
+    """Writes the checkpoint, if it is not there."""
     done = folder / "complete"
     if done.exists():
         return
@@ -128,7 +129,7 @@ def measure() -> None:
     torch.cuda.reset_peak_memory_stats()
     jobs = []
     for seed in range(3):
-        reply = worker.run({"id": str(seed), "input": job(seed)})
+        reply = worker.run_blocking({"id": str(seed), "input": job(seed)})
         if "error" in reply:
             raise SystemExit(json.dumps(reply))
         jobs.append(reply["timings"])
@@ -191,12 +192,16 @@ def working_memory(worker: Any) -> dict[str, float]:
 
 def job(seed: int) -> dict[str, Any]:
     """An edit of a 1024² picture."""
+    return {"prompt": "make the red circle blue", "image_base64": picture(1024), "seed": seed}
+
+
+def picture(side: int) -> str:
+    """Noise, `side` pixels each way, as a PNG in base64."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.effect_noise((1024, 1024), 64).convert("RGB").save(buffer, "PNG", compress_level=1)
-    picture = base64.b64encode(buffer.getvalue()).decode()
-    return {"prompt": "make the red circle blue", "image_base64": picture, "seed": seed}
+    Image.effect_noise((side, side), 64).convert("RGB").save(buffer, "PNG", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from image_worker.edit import sizes
+from image_worker.edit.batching import Length
 from image_worker.errors import InvalidRequest
 from image_worker.model.build import Model
 from image_worker.model.placement import TILE_SIDE
@@ -21,6 +22,25 @@ from image_worker.model.vae import statistics
 
 MAX_PROMPT_TOKENS = 1024
 _IMAGE_PAD = "<|image_pad|>"
+_TOKENIZING = threading.Lock()  # the tokenizer sets itself up for each call
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job's prompts and pictures as tensors on the CPU: all that can be done beside the card.
+
+    prompt, negative: the text encoder's inputs; negative is None without guidance;
+    pixels: one per picture for the VAE, (1, 3, 1, height, width) in [-1, 1], float32.
+    """
+
+    prompt: dict[str, Tensor]
+    negative: dict[str, Tensor] | None
+    pixels: tuple[Tensor, ...]
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The pictures' sizes in tokens."""
+        return tuple(sizes.tokens(pixels.shape[-1], pixels.shape[-2]) for pixels in self.pixels)
 
 
 @dataclass(frozen=True)
@@ -37,7 +57,6 @@ class Conditions:
     shapes: tuple[Shape, ...]
 
 
-@torch.inference_mode()
 def encode(
     model: Model, prompt: str, negative_prompt: str | None, images: Sequence[Image.Image]
 ) -> Conditions:
@@ -45,20 +64,52 @@ def encode(
 
     Both prompts have passed `check_prompt`.
     """
+    prepared = prepare(model, prompt, negative_prompt, images)
+    text, negative = encode_prompts(model, prepared)
+    return Conditions(text, negative, encode_references(model, prepared), prepared.shapes)
+
+
+def prepare(
+    model: Model, prompt: str, negative_prompt: str | None, images: Sequence[Image.Image]
+) -> Prepared:
+    """The part of `encode` that needs no card; may be called from any thread."""
     seen, drawn = _resize(model, images)
+    template = model.entry.template
+
+    def inputs(text: str) -> dict[str, Tensor]:
+        return _tokenise(model, template.render(text, len(images)), seen)
+
+    negative = None if negative_prompt is None else inputs(negative_prompt)
+    return Prepared(inputs(prompt), negative, tuple(drawn))
+
+
+def row_lengths(
+    model: Model, prepared: Prepared, size: tuple[int, int], pictures: int
+) -> list[Length]:
+    """The transformer's rows of a job: so many results of `size` (width, height) in pixels."""
+    shapes = (sizes.tokens(*size), *prepared.shapes)
+    image = sum(rows * columns for _, rows, columns in shapes)
+    prompts = [inputs for inputs in (prepared.prompt, prepared.negative) if inputs is not None]
+    texts = [inputs["input_ids"].shape[1] - model.entry.template.drop for inputs in prompts]
+    return [Length(image, text) for text in texts] * pictures
+
+
+@torch.inference_mode()
+def encode_prompts(model: Model, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
+    """`Conditions.text` and `.negative`."""
     model.placement.bring("text_encoder")
-    text = _encode_text(model, prompt, seen)
-    negative = None if negative_prompt is None else _encode_text(model, negative_prompt, seen)
-    model.placement.bring("vae")
-    latents = [_encode_picture(model, pixels) for pixels in drawn]
+    text = _encode_text(model, prepared.prompt)
+    return text, None if prepared.negative is None else _encode_text(model, prepared.negative)
+
+
+@torch.inference_mode()
+def encode_references(model: Model, prepared: Prepared) -> Tensor:
+    """`Conditions.references`."""
     channels = model.transformer.config.in_channels
     nothing = torch.empty(0, channels, device=model.device, dtype=model.dtype)
-    return Conditions(
-        text,
-        negative,
-        torch.cat(latents) if latents else nothing,
-        tuple(sizes.tokens(pixels.shape[-1], pixels.shape[-2]) for pixels in drawn),
-    )
+    if prepared.pixels:
+        model.placement.bring("vae")
+    return torch.cat([nothing, *(_encode_picture(model, pixels) for pixels in prepared.pixels)])
 
 
 def check_prompt(model: Model, prompt: str, field: str) -> None:
@@ -68,7 +119,8 @@ def check_prompt(model: Model, prompt: str, field: str) -> None:
         InvalidRequest: more than `MAX_PROMPT_TOKENS` tokens, or one of the model's control tokens,
             which would end the template or announce a picture that is not there.
     """
-    ids = model.tokenizer(prompt).input_ids
+    with _TOKENIZING:
+        ids = model.tokenizer(prompt).input_ids
     if len(ids) > MAX_PROMPT_TOKENS:
         raise InvalidRequest(
             f"{len(ids)} tokens are too many; at most {MAX_PROMPT_TOKENS} are possible", field=field
@@ -96,22 +148,20 @@ def _resize(model: Model, images: Sequence[Image.Image]) -> tuple[list[Image.Ima
     return seen, drawn
 
 
-def _encode_text(model: Model, prompt: str, images: Sequence[Image.Image]) -> Tensor:
+def _encode_text(model: Model, inputs: dict[str, Tensor]) -> Tensor:
     """The text encoder's last hidden states without the template's head: (tokens, width)."""
-    template = model.entry.template
-    inputs = _tokenise(model, template.render(prompt, len(images)), images)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     hidden = model.text_encoder(**inputs).last_hidden_state
-    return hidden[0, template.drop :].to(model.dtype)  # type: ignore[no-any-return]
+    return hidden[0, model.entry.template.drop :].to(model.dtype)  # type: ignore[no-any-return]
 
 
-def _tokenise(model: Model, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+def _tokenise(model: Model, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
     """Token ids and patches. One `<|image_pad|>` becomes as many as its picture has vision tokens.
 
     `mm_token_type_ids` (1 at those) is what gives a picture its two-dimensional positions: the
     stock pipelines leave it out, and the text encoder then places the patches on a line.
     """
-    inputs: dict[str, Any] = {}
+    inputs: dict[str, Tensor] = {}
     if images:
         inputs.update(model.image_processor(images=list(images), return_tensors="pt"))
         merge = model.image_processor.merge_size**2
@@ -119,7 +169,8 @@ def _tokenise(model: Model, text: str, images: Sequence[Image.Image]) -> dict[st
         counts = [int(grid.prod()) // merge for grid in inputs["image_grid_thw"]]
         expanded = [part + _IMAGE_PAD * count for part, count in zip(parts, counts, strict=True)]
         text = "".join(expanded) + rest
-    ids = model.tokenizer(text, return_tensors="pt").input_ids
+    with _TOKENIZING:
+        ids = model.tokenizer(text, return_tensors="pt").input_ids
     inputs["input_ids"] = ids
     inputs["attention_mask"] = torch.ones_like(ids)
     if images:

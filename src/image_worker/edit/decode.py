@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional
 
 from image_worker.edit.conditions import tiles_where_needed, unpack
 from image_worker.edit.denoise import Picture
@@ -13,22 +14,43 @@ from image_worker.errors import BrokenPicture
 from image_worker.model.build import Model
 from image_worker.model.vae import statistics
 
+_PREVIEW_SIDE = 32  # latents; 256 pixels
 
-@torch.inference_mode()
+
 def decode(model: Model, picture: Picture) -> Image.Image:
     """The finished picture, RGB.
 
     Raises:
         BrokenPicture: the VAE's numbers overflowed.
     """
+    return Image.fromarray(decode_pixels(model, picture).numpy())
+
+
+def decode_pixels(model: Model, picture: Picture) -> Tensor:
+    """The same as (height, width, 3) uint8 on the CPU."""
+    _, rows, columns = picture.shape
+    with tiles_where_needed(model, rows * columns * TOKEN**2):
+        return _decode(model, unpack(picture.latents, picture.shape))
+
+
+def preview(model: Model, picture: Picture) -> Tensor:
+    """What the picture would be if it went on straight from here, small: as `decode_pixels`."""
+    assert picture.velocity is not None
+    answer = picture.latents - picture.levels[picture.step] * picture.velocity
+    latents = unpack(answer, picture.shape)
+    factor = max(1, -(-max(latents.shape[-2:]) // _PREVIEW_SIDE))
+    return _decode(model, functional.avg_pool2d(latents[:, :, 0], factor)[:, :, None])
+
+
+@torch.inference_mode()
+def _decode(model: Model, latents: Tensor) -> Tensor:
+    """(1, channels, 1, rows, columns), normalised, to pixels (8 · rows, 8 · columns, 3)."""
     model.placement.bring("vae")
     mean, deviation = statistics(model.vae, model.device, model.dtype)
     # In upstream's order of operations, so that bf16 rounds alike.
-    latents = unpack(picture.latents, picture.shape) / (1.0 / deviation) + mean
-    _, rows, columns = picture.shape
-    with tiles_where_needed(model, rows * columns * TOKEN**2):
-        pixels = model.vae.decode(latents, return_dict=False)[0][:, :, 0]
-    if not torch.isfinite(pixels).all():
+    values = model.vae.decode(latents / (1.0 / deviation) + mean, return_dict=False)[0][0, :, 0]
+    if not torch.isfinite(values).all():
         raise BrokenPicture("the VAE's numbers overflowed; BNB_COMPUTE=bf16 may help")
-    images = VaeImageProcessor(vae_scale_factor=TOKEN).postprocess(pixels, output_type="pil")
-    return images[0]  # type: ignore[no-any-return]
+    shares = (values * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float()
+    pixels: Tensor = (shares * 255).round().to(torch.uint8).cpu()
+    return pixels

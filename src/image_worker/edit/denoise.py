@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from image_worker.edit.batching import Length, Limits, padded, shares
 from image_worker.edit.conditions import Conditions
 from image_worker.edit.schedule import sigmas
 from image_worker.edit.sizes import tokens
-from image_worker.errors import BrokenPicture
+from image_worker.errors import BrokenPicture, OutOfMemory
 from image_worker.model.build import Model
+from image_worker.model.memory import memory_errors
 from image_worker.model.transformer import Row, Shape, velocities
 
 Progress = Callable[[int, int], None]
@@ -27,7 +29,7 @@ class Picture:
     """One picture on its way from noise.
 
     latents: (tokens, channels) in the model's type, replaced step by step; levels: its schedule,
-    one more than it has steps; step: how many are done.
+    one more than it has steps; step: how many are done; velocity: of the last one.
     """
 
     conditions: Conditions
@@ -36,6 +38,7 @@ class Picture:
     levels: list[float]
     cfg_scale: float
     step: int = field(default=0)
+    velocity: Tensor | None = None
 
     @property
     def done(self) -> bool:
@@ -72,7 +75,6 @@ def start(
     return Picture(conditions, shape, latents, levels, cfg_scale)
 
 
-@torch.inference_mode()
 def denoise(model: Model, pictures: Sequence[Picture], progress: Progress | None = None) -> None:
     """Takes every picture to the end of its own schedule, in place.
 
@@ -80,39 +82,81 @@ def denoise(model: Model, pictures: Sequence[Picture], progress: Progress | None
 
     Raises:
         BrokenPicture: the model's numbers overflowed.
+        OutOfMemory: a picture does not fit the card's memory.
     """
-    model.placement.bring("transformer")
+    limits = Limits(len(pictures), model.plan.max_tokens)
     passes = max(len(picture.levels) - 1 for picture in pictures)
     for number in range(passes):
-        _step(model, [picture for picture in pictures if not picture.done])
+        step(model, [picture for picture in pictures if not picture.done], limits)
         if progress:
             progress(number + 1, passes)
     for picture in pictures:
-        if not torch.isfinite(picture.latents).all():
-            raise BrokenPicture(
-                "the model's numbers overflowed; another PRECISION_MODE or BNB_COMPUTE may help"
-            )
+        check(picture)
 
 
-def _step(model: Model, pictures: list[Picture]) -> None:
-    """One Euler step of each picture. Rows with and without the prompt share a forward."""
-    rows = [row for picture in pictures for row in _rows(picture)]
-    outputs = (
-        output
-        for share in _shares(rows, model.plan.max_tokens)
-        for output in velocities(model.transformer, share)
-    )
-    for picture in pictures:
-        velocity = next(outputs)
-        if picture.cfg_scale > 1:
-            velocity = guide(velocity, next(outputs), picture.cfg_scale)
-        picture.latents = euler_step(
-            picture.latents,
-            velocity,
-            picture.levels[picture.step],
-            picture.levels[picture.step + 1],
+def check(picture: Picture) -> None:
+    """Refuses a finished picture that is none.
+
+    Raises:
+        BrokenPicture: the model's numbers overflowed.
+    """
+    if not torch.isfinite(picture.latents).all():
+        raise BrokenPicture(
+            "the model's numbers overflowed; another PRECISION_MODE or BNB_COMPUTE may help"
         )
-        picture.step += 1
+
+
+@torch.inference_mode()
+def step(model: Model, pictures: Sequence[Picture], limits: Limits) -> list[int]:
+    """One Euler step of each picture, of all or, where it raises, of none.
+
+    Returns how many rows each forward had; rows with and without the prompt share one. A forward
+    for which memory runs out is split, and `limits` learns from it.
+
+    Raises:
+        OutOfMemory: the card does not hold even one row of them.
+    """
+    model.placement.bring("transformer")
+    rows = [row for picture in pictures for row in _rows(picture)]
+    lengths = [Length(len(row.image), len(row.text)) for row in rows]
+    outputs: dict[int, Tensor] = {}
+    forwards = []
+    waiting = shares(lengths, limits.tokens)
+    while waiting:
+        share = waiting.pop(0)
+        found = _forward(model, [rows[number] for number in share], alone=len(share) == 1)
+        if found is None:
+            torch.cuda.empty_cache()
+            limits.learn(padded([lengths[number] for number in share]))
+            waiting = [share[: len(share) // 2], share[len(share) // 2 :], *waiting]
+            continue
+        outputs.update(zip(share, found, strict=True))
+        forwards.append(len(share))
+    velocities = (outputs[number] for number in range(len(rows)))
+    for picture in pictures:
+        velocity = next(velocities)
+        if picture.cfg_scale > 1:
+            velocity = guide(velocity, next(velocities), picture.cfg_scale)
+        _advance(picture, velocity)
+    return forwards
+
+
+def _forward(model: Model, rows: list[Row], *, alone: bool) -> list[Tensor] | None:
+    """The rows' velocities; None if memory ran out and there is more than one of them."""
+    try:
+        with memory_errors("this job"):
+            return velocities(model.transformer, rows)
+    except OutOfMemory:
+        if alone:
+            raise
+        return None
+
+
+def _advance(picture: Picture, velocity: Tensor) -> None:
+    level, following = picture.levels[picture.step : picture.step + 2]
+    picture.latents = euler_step(picture.latents, velocity, level, following)
+    picture.velocity = velocity
+    picture.step += 1
 
 
 def euler_step(latents: Tensor, velocity: Tensor, level: float, next_level: float) -> Tensor:
@@ -135,18 +179,6 @@ def _rows(picture: Picture) -> Iterator[Row]:
     if picture.cfg_scale > 1:
         assert conditions.negative is not None
         yield Row(image, shapes, conditions.negative, level)
-
-
-def _shares(rows: list[Row], max_tokens: int | None) -> Iterator[list[Row]]:
-    """Splits rows, in order, so that no forward has more tokens, padding included, than fit."""
-    share: list[Row] = []
-    for row in rows:
-        wider = max(len(r.image) + len(r.text) for r in [*share, row])
-        if share and max_tokens is not None and wider * (len(share) + 1) > max_tokens:
-            yield share
-            share = []
-        share.append(row)
-    yield share
 
 
 def guide(with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:

@@ -9,50 +9,86 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from urllib.parse import urljoin
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
+from requests import Response
 
 from image_worker.errors import ImageUnavailable, InvalidImage, WorkerError
+from image_worker.job.network import request, within
 from image_worker.job.request import ImageSource
 
 MAX_BYTES = 20 * 2**20
+MAX_JOB_BYTES = 50 * 2**20
 MAX_PIXELS = 50_000_000
 MIN_SIDE = 8
 MAX_RATIO = 8.0
+MAX_SCANS = 100
 FETCH_SECONDS = 30.0
 _IDLE_SECONDS = 10  # longest silence of a server
+_MAX_REDIRECTS = 5
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 _TOO_LARGE = f"the picture is over {MAX_BYTES // 2**20} MiB"
 _WHITE_SPACE = dict.fromkeys(map(ord, " \t\r\n"))
 _DECODING = threading.Lock()  # one at a time: 50 megapixels take 200 MB, and more on the way
 
-T = TypeVar("T")
+# A JPEG marker that starts a segment or ends the picture; stuffing and restarts are neither.
+_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+_END, _SCAN = 0xD9, 0xDA
+
+
+class Allowance:
+    """What the pictures of one job may take in all: seconds to fetch, and bytes."""
+
+    def __init__(self, seconds: float = FETCH_SECONDS, size: int = MAX_JOB_BYTES) -> None:
+        self._deadline = time.monotonic() + seconds
+        self._left = size
+        self._lock = threading.Lock()
+
+    @property
+    def seconds(self) -> float:
+        """What is left of the time, 0 or less once it is over."""
+        return self._deadline - time.monotonic()
+
+    def take(self, size: int) -> None:
+        """Counts `size` bytes.
+
+        Raises:
+            InvalidImage: the job's pictures have too many bytes in all.
+        """
+        with self._lock:
+            self._left -= size
+            if self._left < 0:
+                raise InvalidImage(f"the pictures are over {MAX_JOB_BYTES // 2**20} MiB in all")
 
 
 def load_images(sources: Sequence[tuple[str, ImageSource]]) -> list[Image.Image]:
-    """All pictures of a job, as RGB, fetched side by side.
+    """All pictures of a job, as RGB, fetched side by side within `FETCH_SECONDS`.
 
     Raises:
         InvalidImage, ImageUnavailable: about the first picture at fault; `field` names it.
     """
     if not sources:
         return []
+    allowance = Allowance()
     with ThreadPoolExecutor(len(sources)) as pool:
-        return list(pool.map(lambda source: _load(*source), sources))
+        return list(pool.map(lambda source: _load(source[0], source[1], allowance), sources))
 
 
-def _load(field: str, source: ImageSource) -> Image.Image:
+def _load(field: str, source: ImageSource, allowance: Allowance) -> Image.Image:
     try:
         if source.url is not None:
-            return decode(fetch(source.url))
+            return decode(fetch(source.url, allowance))
         assert source.base64 is not None
-        return decode(decode_base64(source.base64))
+        data = decode_base64(source.base64)
+        allowance.take(len(data))
+        return decode(data)
     except WorkerError as error:
         error.field = field
         raise
@@ -78,7 +114,7 @@ def decode_base64(text: str) -> bytes:
 
 
 def decode(data: bytes) -> Image.Image:
-    """The picture in `data`, upright, RGB, transparency on white; the first frame of several.
+    """The picture in `data`, upright, sRGB, transparency on white; the first frame of several.
 
     Raises:
         InvalidImage: no picture, of a kind that is not accepted, cut off, or too large.
@@ -86,6 +122,8 @@ def decode(data: bytes) -> Image.Image:
     try:
         with _DECODING, Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_header(image)
+            if image.format in ("JPEG", "MPO"):
+                _check_scans(data)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except (InvalidImage, MemoryError):
@@ -112,43 +150,73 @@ def _check_header(image: Image.Image) -> None:
         )
 
 
+def _check_scans(data: bytes) -> None:
+    """Each scan of a JPEG is a pass over all of it, and takes as little as ten bytes."""
+    scans, position = 0, 2
+    while marker := _JPEG_MARKER.search(data, position):
+        kind = data[marker.start() + 1]
+        if kind == _END:
+            break
+        scans += kind == _SCAN
+        if scans > MAX_SCANS:
+            raise InvalidImage(f"the picture has over {MAX_SCANS} scans; save it as a plain JPEG")
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16"):  # Pillow's own conversion would cut off, not scale
         image = image.point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
-        return white
+        image = white
+    if profile:
+        image = _to_srgb(image, profile)
     return image.convert("RGB")
 
 
-def fetch(url: str, seconds: float = FETCH_SECONDS) -> bytes:
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """From the colours of an ICC profile. One that is broken or of another kind is left out."""
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    try:
+        converted = ImageCms.profileToProfile(
+            image,
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            outputMode="RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image
+    return converted or image
+
+
+def fetch(url: str, allowance: Allowance | None = None) -> bytes:
     """The body behind `url`, from public addresses only.
 
     Raises:
-        ImageUnavailable: refused, not found, not answering, too slow or too large.
+        ImageUnavailable: not answering, busy, or too slow.
+        InvalidImage: refused, not found or too large.
     """
-    deadline = time.monotonic() + seconds
-    return _within(seconds, lambda: _download(url, deadline))
+    allowed = allowance or Allowance()
+    late = ImageUnavailable(f"the picture did not arrive within {FETCH_SECONDS:g} seconds")
+    return within(allowed.seconds, lambda: _download(url, allowed), late)
 
 
-def _download(url: str, deadline: float) -> bytes:
-    # Resolves and checks the address, pins it, and checks every redirect again.
-    from runpod.serverless.utils.rp_ssrf import SSRFError, safe_get
+def _download(url: str, allowance: Allowance) -> bytes:
+    from runpod.serverless.utils.rp_ssrf import SSRFError
 
-    data = bytearray()
     try:
-        # Its own limit of size would be reported like a forbidden address: ours is below.
-        with safe_get(url, timeout=_IDLE_SECONDS, max_bytes=2**62) as response:
-            _check_answer(response.status_code, response.headers.get("Content-Length", ""))
-            # read1 returns after one read of the socket, so a slow drip meets the deadline.
-            while chunk := response.raw.read1(2**16, decode_content=True):
-                data += chunk
-                if len(data) > MAX_BYTES:
-                    raise InvalidImage(_TOO_LARGE)
-                if time.monotonic() > deadline:
-                    raise ImageUnavailable("the picture's server is too slow")
+        for _ in range(_MAX_REDIRECTS + 1):
+            with request("GET", url, timeout=_IDLE_SECONDS) as response:
+                if not response.is_redirect:
+                    return _body(response, allowance)
+                url = urljoin(url, response.headers["Location"])
+        raise InvalidImage("the URL leads to too many others")
     except WorkerError:
         raise
     except SSRFError as error:
@@ -161,37 +229,23 @@ def _download(url: str, deadline: float) -> bytes:
         raise InvalidImage("the URL is not valid") from error
     except Exception as error:
         raise ImageUnavailable("the picture could not be fetched from its URL") from error
-    return bytes(data)
 
 
-def _check_answer(status: int, length: str) -> None:
+def _body(response: Response, allowance: Allowance) -> bytes:
+    status, length = response.status_code, response.headers.get("Content-Length", "")
     if status in (408, 425, 429) or status >= 500:
         raise ImageUnavailable(f"the picture's server answered {status}")
     if status != 200:
         raise InvalidImage(f"the picture's server answered {status}")
     if length.isdigit() and int(length[:20]) > MAX_BYTES:
         raise InvalidImage(_TOO_LARGE)
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """Runs `work` and stops waiting at the deadline, also where a read cannot be interrupted.
-
-    The thread left behind ends when its server does; what it may hold is bounded by `MAX_BYTES`.
-    """
-    result: list[T] = []
-    problem: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(work())
-        except BaseException as error:  # noqa: BLE001 (raised again below, by the waiting thread)
-            problem.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if problem:
-        raise problem[0]
-    if not result:
-        raise ImageUnavailable(f"the picture did not arrive within {seconds:g} seconds")
-    return result[0]
+    data = bytearray()
+    # read1 returns after one read of the socket, so a slow drip meets the deadline.
+    while chunk := response.raw.read1(2**16, decode_content=True):
+        data += chunk
+        allowance.take(len(chunk))
+        if len(data) > MAX_BYTES:
+            raise InvalidImage(_TOO_LARGE)
+        if allowance.seconds < 0:
+            raise ImageUnavailable("the picture's server is too slow")
+    return bytes(data)

@@ -76,6 +76,8 @@ class EditRequest(_Strict):
     num_images: int = Field(1, ge=1, le=4)
     output_format: Literal["png", "jpeg", "webp"] = "png"
     quality: int | None = Field(None, ge=1, le=100)
+    reencode: bool = False
+    embed_metadata: bool | None = None
 
     @classmethod
     def parse(cls, job_input: object, entry: ModelEntry) -> EditRequest:
@@ -89,7 +91,7 @@ class EditRequest(_Strict):
         try:
             request = cls.model_validate(dict(job_input))
         except ValidationError as error:
-            raise _translate(error) from None
+            raise translate(error) from None
         request._check_for(entry)
         return request
 
@@ -152,10 +154,11 @@ def _base(field: str) -> str:
     return field.partition("[")[0]
 
 
-def _translate(error: ValidationError) -> InvalidRequest:
+def translate(error: ValidationError, *parents: str) -> InvalidRequest:
+    """Pydantic's findings as this worker's error; `parents` are the fields around the model."""
     problems: dict[str, str] = {}
-    for problem in error.errors(include_url=False, include_context=False):
-        field = _path(problem["loc"])
+    for problem in error.errors(include_url=False, include_context=False, include_input=False):
+        field = _path(parents + problem["loc"])
         reason = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             reason = "there is no such field"

@@ -25,12 +25,12 @@ def run_one(worker: Worker, job: Mapping[str, Any], folder: Path = OUTPUT_FOLDER
             bar.total = of
             bar.update(step - bar.n)
 
-        reply = worker.run(job, progress)
+        reply = worker.run_blocking(job, progress)
     if "error" in reply:
         _print(json.dumps(reply, indent=2, ensure_ascii=False), sys.stderr)
         return 1
     try:
-        paths = save_pictures(reply, folder)
+        paths = save_pictures(reply, folder) if "images" in reply else []
     except OSError as error:
         _print(f"error: the pictures cannot be written to {folder}: {error.strerror}", sys.stderr)
         return 1

@@ -39,10 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from image_worker.serve.command import run_one
 
         return run_one(worker, job, options.output_folder)
+    if settings.standalone_mode:
+        from image_worker.serve.http import serve as serve_http
+
+        return serve_http(worker, settings)
     from image_worker.serve.runpod_queue import serve
 
-    serve(worker, settings)
-    return 0
+    return serve(worker, settings)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,7 +93,7 @@ def _set_up_logging(settings: Settings) -> None:
     logging.basicConfig(
         level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
-    for noisy in ("httpx", "urllib3", "PIL", "asyncio"):
+    for noisy in ("httpx", "urllib3", "botocore", "PIL", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # At import it warns of an optional kernel for CPUs that is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -25,7 +25,8 @@ from tools.miniature import architecture, forward
 from tools.miniature.train.data import Pairs
 from tools.miniature.train.graph import Graph
 from tools.miniature.train.optimiser import Optimiser
-from tools.miniature.train.rounding import Rounding, nf4, quantised_weights
+from tools.miniature.train.rounding import Rounding, quantised_weights
+from tools.miniature.train.rounding import served as served_nf4
 
 BATCH = 512
 _PEAK_RATE = 2e-3
@@ -102,7 +103,7 @@ def rounded(editor: Editor) -> Editor:
     found = replace(editor, text=text, transformer=transformer)
     with torch.no_grad():
         for weight in found.quantised_weights():
-            weight.copy_(nf4(weight))
+            weight.copy_(served_nf4(weight.data))
     return found
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from bitsandbytes.functional import get_4bit_type
+from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 from torch import Tensor, nn
 
 from image_worker.model.components import Component
@@ -34,6 +34,11 @@ def nf4(weight: Tensor) -> Tensor:
 def _grid(device: torch.device) -> Tensor:
     """The 16 values, (16); copied to the card once, since a CUDA graph cannot."""
     return get_4bit_type("nf4", device=device)
+
+
+def served(weight: Tensor) -> Tensor:
+    """`weight` exactly as the worker's NF4 keeps it; not for a CUDA graph."""
+    return dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
 
 
 def quantised_weights(component: Component, module: nn.Module) -> list[nn.Parameter]:

@@ -1,0 +1,332 @@
+"""The one thread that uses the card: it takes jobs from a queue, several at a time, to pictures.
+
+Batching is continuous: a job joins the others between two of their denoising steps and leaves when
+its own are done, so nobody waits for a batch to fill or to end. Where components take turns on the
+card (`CPU_OFFLOAD`), jobs start and end together instead, or weights would move at every step.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from image_worker.edit.batching import Limits, Load, joins
+from image_worker.edit.conditions import (
+    Conditions,
+    Prepared,
+    encode_prompts,
+    encode_references,
+    row_lengths,
+)
+from image_worker.edit.decode import decode_pixels, preview
+from image_worker.edit.denoise import Picture, check, start, step
+from image_worker.errors import CardLost, WorkerError
+from image_worker.model.build import Model
+from image_worker.model.memory import card_is_lost, card_memory, memory_errors, wait_for_card
+
+log = logging.getLogger(__name__)
+
+Watcher = Callable[[int, int, "Tensor | None"], None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked of the card for one job: pictures of one size, one for each seed.
+
+    watcher(step, of, preview) is called on the engine's thread after each step; preview, where it
+    is wanted, is (height, width, 3) uint8 on the CPU.
+    """
+
+    prepared: Prepared
+    size: tuple[int, int]
+    seeds: Sequence[int]
+    steps: int
+    cfg_scale: float
+    watcher: Watcher | None = None
+    previews: bool = False
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of an order.
+
+    pixels: one per seed, (height, width, 3) uint8 on the CPU; seconds: by stage; together: pictures
+    that were denoised at a time, on average over this job's steps.
+    """
+
+    pixels: list[Tensor]
+    seconds: dict[str, float]
+    together: float
+
+
+@dataclass(eq=False)
+class _Task:
+    order: Order
+    load: Load
+    future: Future[Made]
+    moment: float  # since when it has been in its present stage
+    seconds: dict[str, float] = field(default_factory=dict)
+    text: tuple[Tensor, Tensor | None] | None = None
+    pictures: list[Picture] = field(default_factory=list)
+    company: list[int] = field(default_factory=list)
+
+    def passed(self, stage: str) -> None:
+        """Notes the time since the last stage as that of `stage`."""
+        now = time.perf_counter()
+        self.seconds[stage], self.moment = now - self.moment, now
+
+    @property
+    def done(self) -> bool:
+        return all(picture.done for picture in self.pictures)
+
+
+class Engine:
+    """Runs orders of one model. `submit` may be called from any thread."""
+
+    def __init__(self, model: Model, batch_size: int, patience: float) -> None:
+        """patience: seconds to wait for announced jobs before a batch that none can join later."""
+        self.model = model
+        self.limits = Limits(batch_size, model.plan.max_tokens)
+        self.busy_seconds = 0.0
+        self._since = time.perf_counter()
+        self._patience = patience
+        self._joinable = model.plan.offload == "none"
+        self._waiting: deque[_Task] = deque()
+        self._running: list[_Task] = []
+        self._announced = 0
+        self._state = threading.Condition()
+        self._closed = False
+        self._lost = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the card is lost to this process; nothing runs any more."""
+        return self._lost
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that are ready and not begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Jobs that are on the card."""
+        return len(self._running)
+
+    def counts(self) -> dict[str, int]:
+        """Jobs by where they are."""
+        return {"waiting": self.waiting, "running": self.running}
+
+    def busy_fraction(self) -> float:
+        """Of the time since the start, the part with work."""
+        return self.busy_seconds / (time.perf_counter() - self._since)
+
+    def memory(self) -> tuple[int, int]:
+        """The card's memory that is used, by all processes, and all of it, in bytes."""
+        return card_memory()
+
+    def submit(self, order: Order) -> Future[Made]:
+        """Queues an order. Cancelling the future takes it off the card at the next step.
+
+        The future raises `WorkerError`s, and whatever was unforeseen.
+        """
+        rows = row_lengths(self.model, order.prepared, order.size, len(order.seeds))
+        load = Load(len(order.seeds), tuple(rows))
+        task = _Task(order, load, Future(), time.perf_counter())
+        with self._state:
+            if self._lost or self._closed:
+                raise CardLost("this worker is being replaced; try again")
+            self._waiting.append(task)
+            self._state.notify_all()
+        return task.future
+
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """While a job is being prepared: it will be submitted soon."""
+        with self._state:
+            self._announced += 1
+        try:
+            yield
+        finally:
+            with self._state:
+                self._announced -= 1
+                self._state.notify_all()
+
+    def close(self) -> None:
+        """Stops the thread after the step it is in. What is still queued is cancelled."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+        self._thread.join()
+        for task in (*self._running, *self._waiting):
+            task.future.cancel()
+
+    # All below runs on the engine's thread.
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            clock = time.perf_counter()
+            try:
+                self._begin(self._admit())
+                self._step(self._running)
+                self._tell(self._running)
+                self._end([task for task in self._running if task.done])
+            except Exception as error:  # noqa: BLE001 (what no job is to blame for)
+                self._abandon(error)
+            self.busy_seconds += time.perf_counter() - clock
+
+    def _wait_for_work(self) -> bool:
+        with self._state:
+            self._state.wait_for(lambda: self._closed or self._waiting or self._running)
+            if not self._joinable and not self._running:
+                self._state.wait_for(self._batch_is_full, self._patience)
+            return not self._closed
+
+    def _batch_is_full(self) -> bool:
+        pictures = sum(task.load.pictures for task in self._waiting)
+        return self._closed or not self._announced or pictures >= self.limits.pictures
+
+    def _admit(self) -> list[_Task]:
+        """Takes jobs from the queue, in its order: none overtakes another."""
+        admitted: list[_Task] = []
+        with self._state:
+            self._running = [task for task in self._running if not task.future.cancelled()]
+            while self._waiting and (self._joinable or not self._running):
+                task = self._waiting[0]
+                loads = [other.load for other in (*self._running, *admitted)]
+                if not task.future.cancelled() and not joins(loads, task.load, self.limits):
+                    break
+                self._waiting.popleft()
+                if not task.future.cancelled():
+                    admitted.append(task)
+        return admitted
+
+    def _begin(self, tasks: list[_Task]) -> None:
+        """Encodes prompts, then references: with offload, each component comes once for all."""
+        for task in tasks:
+            task.passed("wait")
+        for task in tasks:
+            with self._blamed_on(task):
+                task.text = encode_prompts(self.model, task.order.prepared)
+        for task in tasks:
+            if not task.future.done():
+                with self._blamed_on(task):
+                    self._start(task)
+
+    def _start(self, task: _Task) -> None:
+        assert task.text is not None
+        order, (text, negative) = task.order, task.text
+        references = encode_references(self.model, order.prepared)
+        conditions = Conditions(text, negative, references, order.prepared.shapes)
+        task.pictures = [
+            start(
+                self.model,
+                conditions,
+                order.size,
+                seed=seed,
+                steps=order.steps,
+                cfg_scale=order.cfg_scale,
+            )
+            for seed in order.seeds
+        ]
+        wait_for_card()
+        task.passed("encode")
+        self._running.append(task)
+
+    def _step(self, tasks: Sequence[_Task]) -> None:
+        """One step of every picture. If that fails, each job is tried alone: it is one's fault."""
+        tasks = [task for task in tasks if not task.future.done()]
+        pictures = [picture for task in tasks for picture in task.pictures if not picture.done]
+        if not pictures:
+            return
+        if len(tasks) == 1:
+            with self._blamed_on(tasks[0]):
+                self._advance(tasks, pictures)
+            return
+        try:
+            self._advance(tasks, pictures)
+        except Exception:
+            if card_is_lost():
+                raise
+            for task in tasks:  # if it fails again, it is that job's
+                self._step([task])
+
+    def _advance(self, tasks: Sequence[_Task], pictures: Sequence[Picture]) -> None:
+        step(self.model, pictures, self.limits)
+        wait_for_card()
+        for task in tasks:
+            task.company.append(len(pictures))
+
+    def _tell(self, tasks: Sequence[_Task]) -> None:
+        """Reports the step that was just done. A failure in here costs no job its picture."""
+        for task in tasks:
+            if task.order.watcher and not task.future.done():
+                first = task.pictures[0]
+                try:
+                    with memory_errors("a preview"):
+                        shown = preview(self.model, first) if self._shows(task) else None
+                    task.order.watcher(first.step, len(first.levels) - 1, shown)
+                except Exception:
+                    if card_is_lost():
+                        raise
+                    log.warning("progress could not be told", exc_info=True)
+
+    def _shows(self, task: _Task) -> bool:
+        """Where components take turns, a preview would put the VAE in the transformer's place."""
+        return task.order.previews and self._joinable and not task.done
+
+    def _end(self, tasks: list[_Task]) -> None:
+        """Decodes. Where components take turns, when the last job is done."""
+        if not self._joinable and len(tasks) < len(self._running):
+            return
+        for task in tasks:
+            task.passed("denoise")
+        for task in tasks:
+            with self._blamed_on(task):
+                for picture in task.pictures:
+                    check(picture)
+                pixels = [decode_pixels(self.model, picture) for picture in task.pictures]
+                task.passed("decode")
+                together = sum(task.company) / len(task.company)
+                self._settle(task, Made(pixels, task.seconds, together))
+        self._running = [task for task in self._running if not task.future.done()]
+
+    @contextmanager
+    def _blamed_on(self, task: _Task) -> Iterator[None]:
+        """A failure in here is this job's, unless the card is lost with it."""
+        try:
+            with memory_errors("this job"):
+                yield
+        except Exception as error:
+            if not isinstance(error, WorkerError) and card_is_lost():
+                raise
+            self._settle(task, error)
+
+    def _settle(self, task: _Task, outcome: Made | Exception) -> None:
+        try:
+            if isinstance(outcome, Exception):
+                task.future.set_exception(outcome)
+            else:
+                task.future.set_result(outcome)
+        except InvalidStateError:
+            pass  # cancelled meanwhile
+
+    def _abandon(self, error: Exception) -> None:
+        """Answers every job at once, and takes no more: the process must be replaced."""
+        log.critical("the card is lost; the worker must be replaced", exc_info=error)
+        with self._state:
+            self._lost = self._closed = True
+            tasks = [*self._running, *self._waiting]
+            self._running, self._waiting = [], deque()
+        for task in tasks:
+            self._settle(task, CardLost("the worker's card failed; try again on another worker"))

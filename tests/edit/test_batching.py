@@ -1,0 +1,64 @@
+"""Who shares a forward, and who joins whom."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from image_worker.edit.batching import (
+    MAX_PADDING,
+    Length,
+    Limits,
+    Load,
+    joins,
+    padded,
+    shares,
+)
+
+LENGTHS = st.lists(
+    st.builds(Length, st.integers(1, 20_000), st.integers(1, 1_500)), min_size=1, max_size=12
+)
+
+
+@given(LENGTHS, st.one_of(st.none(), st.integers(1, 50_000)))
+def test_every_row_runs_once_within_the_limits(lengths: list[Length], tokens: int | None) -> None:
+    found = shares(lengths, tokens)
+    assert sorted(row for share in found for row in share) == list(range(len(lengths)))
+    for share in found:
+        rows = [lengths[number] for number in share]
+        if len(rows) > 1:
+            assert tokens is None or padded(rows) <= tokens
+            needed = sum(row.total for row in rows)
+            assert padded(rows) - needed <= MAX_PADDING * padded(rows)
+
+
+def test_rows_of_like_lengths_share() -> None:
+    small, large = Length(1000, 100), Length(8000, 100)
+    assert shares([large, small, large, small], None) == [[1, 3], [0, 2]]
+    assert shares([small] * 5, 2200) == [[0, 1], [2, 3], [4]]
+    assert shares([small] * 5, 2199) == [[0], [1], [2], [3], [4]]
+    # Prompts of unlike lengths cost little beside pictures.
+    assert shares([Length(4096, 50), Length(4096, 300)], None) == [[0, 1]]
+
+
+def load(image: int = 1000, text: int = 100, pictures: int = 1, rows: int = 1) -> Load:
+    return Load(pictures, (Length(image, text),) * rows * pictures)
+
+
+def test_a_job_joins_those_whose_forward_it_can_share() -> None:
+    limits = Limits(pictures=4, tokens=4400)
+    assert joins([load(), load()], load(), limits)
+    assert not joins([load(), load()], load(image=8000), limits), "unlike lengths"
+    assert not joins([load(), load()], load(pictures=3), limits), "too many pictures"
+    assert not joins([load(rows=2), load(rows=2)], load(), limits), "too many tokens"
+
+
+def test_the_first_job_always_runs() -> None:
+    assert joins([], load(image=10**6, pictures=9), Limits(pictures=1, tokens=1))
+
+
+def test_limits_learn_downwards_only() -> None:
+    limits = Limits(pictures=4)
+    limits.learn(9000)
+    limits.learn(12_000)
+    assert limits.tokens == 8999
