@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests tools handler.py
 
-.PHONY: run test check format test-gpu bench bench-quality miniature image clean
+.PHONY: run test check format test-gpu bench bench-quality bench-load bench-throughput miniature image clean
 
 run: $(VENV)/run.stamp  ## set up, and edit one picture (on the miniature where there is no GPU)
 	$(BIN)/python handler.py --test_input "$$(cat test_input.json)"
@@ -32,6 +32,12 @@ bench: $(VENV)/dev.stamp  ## cold start, memory and speed at full size, on a CUD
 
 bench-quality: $(VENV)/dev.stamp  ## which held-out edits the miniature passes, per precision and sampler
 	$(BIN)/python -m tools.miniature.quality bench-quality
+
+bench-load: $(VENV)/dev.stamp  ## 500 mixed jobs through a whole worker, behind a stand-in queue
+	$(BIN)/python -m image_worker.bench.load --jobs 500
+
+bench-throughput: $(VENV)/dev.stamp  ## jobs per second and latency by BATCH_SIZE, on a CUDA card
+	$(BIN)/python -m image_worker.bench.throughput bench-checkpoint
 
 miniature: $(VENV)/dev.stamp  ## train the embedded miniature again, on a CUDA card (about 22 minutes)
 	$(BIN)/python -m tools.miniature.train miniature-run

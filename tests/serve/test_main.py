@@ -109,7 +109,7 @@ class _Stub:
     def __init__(self, reply: dict[str, Any]) -> None:
         self.reply = reply
 
-    def run(self, job: Any, progress: Any = None) -> dict[str, Any]:
+    def run_blocking(self, job: Any, progress: Any = None) -> dict[str, Any]:
         progress(1, 1)
         return self.reply
 
@@ -119,3 +119,9 @@ def test_every_picture_gets_its_own_file(tmp_path: Path, capsys: Any) -> None:
     assert command.run_one(_Stub(reply), job(), tmp_path) == 0  # type: ignore[arg-type]
     assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"A", b"B"}
     assert capsys.readouterr().out.count("wrote ") == 2
+
+
+def test_pictures_in_storage_are_not_written(tmp_path: Path, capsys: Any) -> None:
+    reply: Any = {"seeds": [1], "image_urls": ["https://a.example/1.png"], "output_format": "png"}
+    assert command.run_one(_Stub(reply), job(), tmp_path) == 0  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir()) and "https://a.example/1.png" in capsys.readouterr().out

@@ -18,7 +18,11 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
 
 from image_worker.catalog import CATALOG, HubFile, ModelEntry
 
@@ -30,8 +34,9 @@ _MINIATURE = Path(CATALOG["mini"].repo)
 def write_checkpoint(cache: Path, entry: ModelEntry) -> Path:
     """Writes the model (57 GB) and both Lightning files of `entry` into `cache`."""
     folder = snapshot(cache, entry.repo, entry.revision)
-    for name in ("tokenizer", "processor", "scheduler"):
+    for name in ("tokenizer", "scheduler"):
         shutil.copytree(_MINIATURE / name, folder / name, dirs_exist_ok=True)
+    Qwen2VLImageProcessorPil().save_pretrained(folder / "processor")
     with init_empty_weights():
         transformer = QwenImageTransformer2DModel()
         models = {

@@ -21,7 +21,7 @@ def main() -> int:
     everywhere = settings.api_host in ("0.0.0.0", "::")
     host = "127.0.0.1" if everywhere else settings.api_host
     try:
-        with urllib.request.urlopen(f"http://{host}:{settings.api_port}/docs", timeout=5):
+        with urllib.request.urlopen(f"http://{host}:{settings.api_port}/health", timeout=5):
             return 0
     except (urllib.error.URLError, OSError) as error:
         sys.stderr.write(f"the standalone server does not answer: {error}\n")

@@ -329,8 +329,6 @@ def _add_openai_routes(app: FastAPI, server: Server) -> None:
 
     async def made(route: str, fields: object, request: Request) -> dict[str, Any]:
         try:
-            if not isinstance(fields, dict):
-                raise InvalidRequest("the body must be a JSON object")
             job_input = openai_api.to_input(route, fields, server.worker.entry)
         except InvalidRequest as error:
             raise Refusal(400, error.reply()) from None
@@ -419,8 +417,9 @@ def _add_operator_routes(app: FastAPI, server: Server) -> None:
     @app.get("/health", responses={503: {"description": "the worker must be replaced"}})
     async def health() -> JSONResponse:
         """Whether the process works at all."""
-        broken = server.worker.broken
-        state = {"status": "broken" if broken else "ok", "model": server.worker.entry.name}
+        broken, entry = server.worker.broken, server.worker.entry
+        state: dict[str, Any] = {"status": "broken" if broken else "ok"}
+        state |= {"model": entry.name, "max_images": entry.max_images}
         return JSONResponse(state | server.worker.engine.counts(), 503 if broken else 200)
 
     @app.get("/ready", responses={503: {"description": "no job would be taken now"}})

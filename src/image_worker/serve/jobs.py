@@ -125,6 +125,8 @@ class Jobs:
 
     async def _run(self, job: Job, given: Mapping[str, Any], previews: bool) -> None:
         def progress(step: int, of: int) -> None:
+            if job.done:  # cancelled, and the step that it was in has ended since
+                return
             if job.began is None:
                 job.began = time.monotonic()
             job.status = "IN_PROGRESS"
@@ -132,6 +134,8 @@ class Jobs:
             job.tell()
 
         def preview(picture: Image.Image) -> None:
+            if job.done:
+                return
             job.preview = _small_file(picture)
             job.tell()
 

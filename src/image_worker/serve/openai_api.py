@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from image_worker.catalog import ModelEntry
 from image_worker.errors import ErrorReply, InvalidRequest
+
+if TYPE_CHECKING:  # it imports torch, and this module does not
+    from image_worker.worker import Worker
 
 EDITS = "/v1/images/edits"
 GENERATIONS = "/v1/images/generations"
@@ -40,12 +43,14 @@ _ALREADY_SO: Mapping[str, tuple[object, ...]] = {
 _WITHOUT_EFFECT = ("user",)  # an identifier of the caller's own user
 
 
-def to_input(route: str, fields: Mapping[str, Any], entry: ModelEntry) -> dict[str, Any]:
+def to_input(route: object, fields: object, entry: ModelEntry) -> dict[str, Any]:
     """A job's input from a request's fields; pictures are texts, URLs or base64.
 
     Raises:
         InvalidRequest: an option that cannot be honoured; anything else is found with the job.
     """
+    if not isinstance(fields, dict):
+        raise InvalidRequest("the request must be a JSON object")
     given = {name: value for name, value in fields.items() if value is not None}
     if route not in ROUTES:
         raise InvalidRequest(f"there is no route {str(route)[:100]}; try {' or '.join(ROUTES)}")
@@ -67,6 +72,22 @@ def to_input(route: str, fields: Mapping[str, Any], entry: ModelEntry) -> dict[s
         reason = f"only {allowed} is possible here" if allowed else "this server has no such option"
         raise InvalidRequest(f"{name}: {reason}", field=name)
     return made
+
+
+async def run(
+    worker: Worker, job: Mapping[str, Any], progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """A job of RunPod's queue to its reply, in OpenAI's terms if its input has `openai_route`."""
+    given = job.get("input")
+    if not isinstance(given, dict) or "openai_route" not in given:
+        return await worker.run(job, progress)
+    try:
+        fields = given.get("openai_input")
+        made = to_input(given["openai_route"], fields, worker.entry)
+    except InvalidRequest as error:
+        return error_body(error.reply())
+    reply = await worker.run({**job, "input": made}, progress)
+    return error_body(reply["error"]) if "error" in reply else answer(reply)
 
 
 def _check_model(name: object, entry: ModelEntry) -> None:

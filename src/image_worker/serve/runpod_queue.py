@@ -26,6 +26,7 @@ from runpod.serverless.modules.rp_job import get_job, run_job
 from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from image_worker.errors import InternalError
+from image_worker.serve import openai_api
 from image_worker.serve.progress import Progress
 from image_worker.settings import Settings
 
@@ -68,7 +69,7 @@ def serve(worker: Worker, settings: Settings) -> int:
     runpod.serverless.register_fitness_check(the_worker_is_well)
 
     async def handler(job: Mapping[str, Any]) -> dict[str, Any]:
-        return for_sdk(await worker.run(job))
+        return for_sdk(await openai_api.run(worker, job))
 
     rp_scale.JobScaler = _Jobs
     rp_ping.Heartbeat.process_loop = staticmethod(_ping)
@@ -174,7 +175,7 @@ class _Jobs(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
 
     async def _run(self, session: ClientSession, job: dict[str, Any]) -> dict[str, Any]:
         async with _Telling(partial(self._tell, session, job)) as telling:
-            reply = for_sdk(await self.worker.run(job, telling))
+            reply = for_sdk(await openai_api.run(self.worker, job, telling))
         if self.worker.broken:
             self.kill_worker()
             reply["refresh_worker"] = True  # RunPod replaces the worker, too

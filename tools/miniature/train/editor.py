@@ -30,7 +30,7 @@ from tools.miniature.train.rounding import served as served_nf4
 
 BATCH = 512
 _PEAK_RATE = 2e-3
-ROUNDED = 0.5  # of the steps, once a part of them is over, see the weights rounded to NF4
+_ROUNDED = 0.5  # of the steps, once a part of them is over, see the weights rounded to NF4
 _ROUNDED_AFTER = 1 / 3
 _WITHOUT_INSTRUCTION = 0.05  # of the prompts are empty, for classifier-free guidance
 LOOK_EVERY = 5000  # steps
@@ -237,7 +237,7 @@ def train(
     total, clock = torch.zeros((), device=data[0].ids.device), time.perf_counter()
     for number, turn in zip(range(first + 1, steps + 1), turns()):  # noqa: B905 (turns do not end)
         update.set_rate(_PEAK_RATE, number - 1, steps)
-        rounding.set_share(ROUNDED if number > _ROUNDED_AFTER * steps else 0.0)
+        rounding.set_share(_ROUNDED if number > _ROUNDED_AFTER * steps else 0.0)
         total += graphs[turn]()
         if number % _REPORT_EVERY == 0:
             mean = total.item() / _REPORT_EVERY
