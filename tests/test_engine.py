@@ -337,6 +337,18 @@ def test_a_lost_card_answers_everyone_and_ends_the_engine(
         stage.engine.submit(order())
 
 
+def test_a_card_lost_while_a_job_begins_answers_that_job(
+    monkeypatch: pytest.MonkeyPatch, engine: Engine
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(engine_module, "card_is_lost", lambda: True)
+    monkeypatch.setattr(engine_module, "encode_prompts", fail)
+    with pytest.raises(CardLost):
+        engine.submit(order()).result(SECONDS)
+
+
 def test_progress_and_previews(engine: Engine) -> None:
     told: list[tuple[int, int, torch.Tensor | None]] = []
     watched = order(steps=3, watcher=lambda *given: told.append(given), previews=True)

@@ -176,13 +176,14 @@ class Engine:
     def _run(self) -> None:
         while self._wait_for_work():
             clock = time.perf_counter()
+            begun = self._admit()
             try:
-                self._begin(self._admit())
+                self._begin(begun)
                 self._step(self._running)
                 self._tell(self._running)
                 self._end([task for task in self._running if task.done])
             except Exception as error:  # noqa: BLE001 (what no job is to blame for)
-                self._abandon(error)
+                self._abandon(begun, error)
             self.busy_seconds += time.perf_counter() - clock
 
     def _wait_for_work(self) -> bool:
@@ -319,14 +320,17 @@ class Engine:
             else:
                 task.future.set_result(outcome)
         except InvalidStateError:
-            pass  # cancelled meanwhile
+            pass  # settled already, or cancelled meanwhile
 
-    def _abandon(self, error: Exception) -> None:
-        """Answers every job at once, and takes no more: the process must be replaced."""
+    def _abandon(self, begun: Sequence[_Task], error: Exception) -> None:
+        """Answers every job at once, and takes no more: the process must be replaced.
+
+        begun: jobs that left the queue, and may not be running yet.
+        """
         log.critical("the card is lost; the worker must be replaced", exc_info=error)
         with self._state:
             self._lost = self._closed = True
-            tasks = [*self._running, *self._waiting]
+            tasks = [*begun, *self._running, *self._waiting]
             self._running, self._waiting = [], deque()
         for task in tasks:
             self._settle(task, CardLost("the worker's card failed; try again on another worker"))

@@ -530,25 +530,27 @@ class _Uvicorn(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, server: Server) -> None:
         super().__init__(config)
-        self._jobs = server
+        self._server = server
+        self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._jobs.stopping or sig not in (signal.SIGTERM, signal.SIGINT):
+        """Called by a signal, in the middle of anything."""
+        if self._server.stopping or sig not in (signal.SIGTERM, signal.SIGINT):
             super().handle_exit(sig, frame)
-            return
-        self._jobs.stopping = True
-        asyncio.get_running_loop().create_task(self._drain())
+        self._server.stopping = True
 
     async def on_tick(self, counter: int) -> bool:
-        if self._jobs.worker.broken and not self._jobs.stopping:
-            self._jobs.stopping = True
-            asyncio.get_running_loop().create_task(self._drain())
+        """Called ten times a second."""
+        if self._server.worker.broken:
+            self._server.stopping = True
+        if self._server.stopping and self._draining is None:
+            self._draining = asyncio.create_task(self._drain(self._server.jobs))
         return await super().on_tick(counter)
 
-    async def _drain(self) -> None:
-        log.info("stopping: %d jobs are still to be done", self._jobs.jobs.unfinished)
-        had_jobs = self._jobs.jobs.unfinished > 0
-        await self._jobs.jobs.drain()
+    async def _drain(self, jobs: Jobs) -> None:
+        log.info("stopping: %d jobs are still to be done", jobs.unfinished)
+        had_jobs = jobs.unfinished > 0
+        await jobs.drain()
         if had_jobs:
             await asyncio.sleep(_LINGER_SECONDS)
         self.should_exit = True
