@@ -14,10 +14,12 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3.12 -m venv /venv
 
+# MALLOC_MMAP_THRESHOLD_: without it, glibc keeps gigabytes of decoded pictures that are long freed.
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    MALLOC_MMAP_THRESHOLD_=8388608 \
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
 WORKDIR /app

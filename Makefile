@@ -11,7 +11,7 @@ run: $(VENV)/run.stamp  ## set up, and edit one picture (on the miniature where 
 	$(BIN)/python handler.py --test_input "$$(cat test_input.json)"
 
 test: $(VENV)/dev.stamp  ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/dev.stamp  ## formatting, lint, types, Dockerfile, shell scripts
 	$(BIN)/ruff format --check $(CODE)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+if not torch.cuda.is_available():  # Triton then runs kernels in its interpreter; read at import
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from image_worker.catalog import CATALOG, ModelEntry
-from image_worker.model.build import Model, build
+from image_worker.model.build import Model, Recipe, build, read_component
+from image_worker.model.components import Component
+from image_worker.model.lora import Lora
 from image_worker.model.placement import detect_hardware
-from image_worker.settings import Settings
+from image_worker.settings import Precision, Settings
 
 MINI = CATALOG["mini"]
 MINI_FOLDER = Path(MINI.repo)
@@ -31,6 +38,16 @@ def build_mini(
     """The miniature on the CPU, configured by environment variables."""
     settings = Settings.from_env({name.upper(): value for name, value in variables.items()})
     return build(settings, entry, detect_hardware(settings), dtype=dtype)
+
+
+def read_mini(
+    component: Component, dtype: torch.dtype, precision: Precision = "bf16", *, lora: bool = True
+) -> Any:
+    """A component of the miniature as its library has it, the transformer with Lightning merged."""
+    settings = Settings.from_env({})
+    loras = (Lora.read(MINI_FOLDER / MINI.lightning[8].path),) if lora else ()
+    recipe = Recipe(settings, MINI, MINI_FOLDER, loras, torch.device("cpu"), dtype)
+    return read_component(recipe, component, precision).eval()
 
 
 @functools.cache

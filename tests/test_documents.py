@@ -131,6 +131,7 @@ def test_the_container_sets_only_settings_and_pythons_own() -> None:
         "PYTHONUNBUFFERED",
         "PIP_NO_CACHE_DIR",
         "PIP_DISABLE_PIP_VERSION_CHECK",
+        "MALLOC_MMAP_THRESHOLD_",
         "PYTORCH_CUDA_ALLOC_CONF",
     }
 

@@ -15,9 +15,11 @@ from PIL import Image
 from image_worker import engine as engine_module
 from image_worker.edit import conditions
 from image_worker.edit import denoise as denoise_module
-from image_worker.engine import Engine, Made, Order
+from image_worker.engine import Engine
 from image_worker.errors import BrokenPicture, CardLost, OutOfMemory
 from image_worker.model.build import Model
+from image_worker.model.placement import RESERVE
+from image_worker.orders import Made, Order
 from tests.conftest import make_picture, mini_model
 from tests.pictures import psnr
 
@@ -36,9 +38,12 @@ def order(
     *,
     dtype: torch.dtype = torch.float32,
     pictures: int = 1,
+    references: int = 1,
+    negative: str | None = None,
     **options: Any,
 ) -> Order:
-    prepared = conditions.prepare(model_of(dtype), prompt, None, [make_picture(seed=seed)])
+    reference = conditions.as_reference(model_of(dtype), make_picture(seed=seed))
+    prepared = conditions.prepare(model_of(dtype), prompt, negative, [reference] * references)
     seeds = [seed + number for number in range(pictures)]
     return Order(prepared, size, seeds, steps, 1.0, **options)
 
@@ -152,9 +157,10 @@ def test_company_changes_no_picture(dtype: torch.dtype) -> None:
 
 
 def test_none_overtakes_and_none_waits_for_more_than_those_before(stage: Stage) -> None:
+    stage.engine.limits.enough = 2 * tokens_of(order())
     first = stage.engine.submit(order(seed=1, steps=3))
     stage.reach_step()
-    large = stage.engine.submit(order(seed=2, steps=2, size=(256, 256)))  # cannot share
+    large = stage.engine.submit(order(seed=2, steps=2, size=(256, 256)))  # too large to join
     later = [stage.engine.submit(order(seed=seed, steps=2)) for seed in (3, 4)]
     stage.run_on()
     for future in (first, large, *later):
@@ -253,6 +259,66 @@ def test_only_the_job_that_does_not_fit_alone_fails(monkeypatch: pytest.MonkeyPa
     stage.engine.close()
 
 
+def with_room_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """On a card that holds a forward of so many tokens, and no more."""
+    stock = denoise_module.velocities
+
+    def velocities(module: Any, rows: Sequence[Any]) -> Any:
+        longest = max(len(row.image) for row in rows) + max(len(row.text) for row in rows)
+        if len(rows) * longest > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stock(module, rows)
+
+    stage = Stage(monkeypatch, token_bytes=1000)
+    monkeypatch.setattr(denoise_module, "velocities", velocities)
+    monkeypatch.setattr(engine_module, "free_memory", lambda: RESERVE + 1000 * tokens)
+    stage.run_on()
+    return stage
+
+
+def tokens_of(given: Order) -> int:
+    lengths = conditions.row_lengths(model_of(), given.prepared, given.size, 1)
+    return max(length.total for length in lengths)
+
+
+def test_a_job_that_does_not_fit_is_told_a_size_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, smaller = order(size=(256, 128)), order(size=(160, 80))
+    stage = with_room_for(tokens_of(smaller) + 3, monkeypatch)
+    with pytest.raises(OutOfMemory, match="160x80 instead of 256x128 would fit"):
+        stage.engine.submit(large).result(SECONDS)
+    assert pixels(stage.engine.submit(smaller)).shape == (80, 160, 3)
+    stage.engine.close()
+
+
+def test_the_longer_prompt_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def guided(size: tuple[int, int]) -> Order:
+        long = "a blue circle and a red star on a green background, far apart"
+        return dataclasses.replace(order(size=size, negative=long), cfg_scale=4.0)
+
+    stage = with_room_for(tokens_of(guided((144, 144))), monkeypatch)
+    with pytest.raises(OutOfMemory, match="144x144 instead of 256x256 would fit"):
+        stage.engine.submit(guided((256, 256))).result(SECONDS)
+    assert pixels(stage.engine.submit(guided((144, 144)))).shape == (144, 144, 3)
+    stage.engine.close()
+
+
+def test_where_no_size_fits_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = with_room_for(tokens_of(order(size=(64, 64))) - 1, monkeypatch)
+    with pytest.raises(OutOfMemory, match=r"no result of this shape fits$"):
+        stage.engine.submit(order()).result(SECONDS)
+    with pytest.raises(OutOfMemory, match="beside 3 pictures; use fewer of them"):
+        stage.engine.submit(order(references=3)).result(SECONDS)
+    stage.engine.close()
+
+
+def test_a_forecast_that_was_wrong_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = with_room_for(10, monkeypatch)
+    monkeypatch.setattr(engine_module, "free_memory", lambda: RESERVE + 1000 * tokens_of(order()))
+    with pytest.raises(OutOfMemory, match="use a smaller size"):
+        stage.engine.submit(order()).result(SECONDS)
+    stage.engine.close()
+
+
 def test_one_jobs_bad_numbers_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(monkeypatch)
     stock = engine_module.start
@@ -300,6 +366,7 @@ def test_an_unforeseen_failure_in_company_is_one_jobs_alone(
 
 
 def test_a_job_is_cancelled_in_the_queue_and_between_steps(stage: Stage) -> None:
+    stage.engine.limits.enough = 2 * tokens_of(order())
     kept = stage.engine.submit(order(seed=1, steps=4))
     stage.reach_step()
     running = stage.engine.submit(order(seed=2, steps=4))

@@ -11,81 +11,34 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
 
-from image_worker.edit.batching import Limits, Load, joins
+from image_worker.edit.batching import ENOUGH_TOKENS, Limits, Load, joins
 from image_worker.edit.conditions import (
     Conditions,
-    Prepared,
     encode_prompts,
     encode_references,
     row_lengths,
 )
 from image_worker.edit.decode import decode_pixels, preview
 from image_worker.edit.denoise import Picture, check, start, step
-from image_worker.errors import CardLost, WorkerError
+from image_worker.edit.fitting import what_fits
+from image_worker.errors import CardLost, OutOfMemory, WorkerError
 from image_worker.model.build import Model
-from image_worker.model.memory import card_is_lost, card_memory, memory_errors, wait_for_card
+from image_worker.model.memory import (
+    card_is_lost,
+    card_memory,
+    memory_errors,
+    side_stream,
+    wait_for_card,
+)
+from image_worker.orders import Encoded, Made, Order, Task
 
 log = logging.getLogger(__name__)
-
-Watcher = Callable[[int, int, "Tensor | None"], None]
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is asked of the card for one job: pictures of one size, one for each seed.
-
-    watcher(step, of, preview) is called on the engine's thread after each step; preview, where it
-    is wanted, is (height, width, 3) uint8 on the CPU.
-    """
-
-    prepared: Prepared
-    size: tuple[int, int]
-    seeds: Sequence[int]
-    steps: int
-    cfg_scale: float
-    watcher: Watcher | None = None
-    previews: bool = False
-
-
-@dataclass(frozen=True)
-class Made:
-    """What came of an order.
-
-    pixels: one per seed, (height, width, 3) uint8 on the CPU; seconds: by stage; together: pictures
-    that were denoised at a time, on average over this job's steps.
-    """
-
-    pixels: list[Tensor]
-    seconds: dict[str, float]
-    together: float
-
-
-@dataclass(eq=False)
-class _Task:
-    order: Order
-    load: Load
-    future: Future[Made]
-    moment: float  # since when it has been in its present stage
-    seconds: dict[str, float] = field(default_factory=dict)
-    text: tuple[Tensor, Tensor | None] | None = None
-    pictures: list[Picture] = field(default_factory=list)
-    company: list[int] = field(default_factory=list)
-
-    def passed(self, stage: str) -> None:
-        """Notes the time since the last stage as that of `stage`."""
-        now = time.perf_counter()
-        self.seconds[stage], self.moment = now - self.moment, now
-
-    @property
-    def done(self) -> bool:
-        return all(picture.done for picture in self.pictures)
 
 
 class Engine:
@@ -94,13 +47,15 @@ class Engine:
     def __init__(self, model: Model, batch_size: int, patience: float) -> None:
         """patience: seconds to wait for announced jobs before a batch that none can join later."""
         self.model = model
-        self.limits = Limits(batch_size, model.plan.max_tokens)
+        self._joinable = model.plan.offload == "none"
+        enough = ENOUGH_TOKENS if self._joinable else None  # sharing each move of weights pays
+        self.limits = Limits(batch_size, model.plan.max_tokens, enough)
         self.busy_seconds = 0.0
         self._since = time.perf_counter()
         self._patience = patience
-        self._joinable = model.plan.offload == "none"
-        self._waiting: deque[_Task] = deque()
-        self._running: list[_Task] = []
+        self._aside = side_stream() if self._joinable else None
+        self._waiting: deque[Task] = deque()
+        self._running: list[Task] = []
         self._announced = 0
         self._state = threading.Condition()
         self._closed = False
@@ -142,7 +97,7 @@ class Engine:
         """
         rows = row_lengths(self.model, order.prepared, order.size, len(order.seeds))
         load = Load(len(order.seeds), tuple(rows))
-        task = _Task(order, load, Future(), time.perf_counter())
+        task = Task(order, load, Future(), time.perf_counter())
         with self._state:
             if self._lost or self._closed:
                 raise CardLost("this worker is being replaced; try again")
@@ -197,9 +152,9 @@ class Engine:
         pictures = sum(task.load.pictures for task in self._waiting)
         return self._closed or not self._announced or pictures >= self.limits.pictures
 
-    def _admit(self) -> list[_Task]:
+    def _admit(self) -> list[Task]:
         """Takes jobs from the queue, in its order: none overtakes another."""
-        admitted: list[_Task] = []
+        admitted: list[Task] = []
         with self._state:
             self._running = [task for task in self._running if not task.future.cancelled()]
             while self._waiting and (self._joinable or not self._running):
@@ -212,24 +167,28 @@ class Engine:
                     admitted.append(task)
         return admitted
 
-    def _begin(self, tasks: list[_Task]) -> None:
+    def _begin(self, tasks: list[Task]) -> None:
         """Encodes prompts, then references: with offload, each component comes once for all."""
         for task in tasks:
             task.passed("wait")
         for task in tasks:
-            with self._blamed_on(task):
-                task.text = encode_prompts(self.model, task.order.prepared)
+            if not task.pictures:
+                with self._blamed_on(task):
+                    task.text = encode_prompts(self.model, task.order.prepared)
         for task in tasks:
             if not task.future.done():
                 with self._blamed_on(task):
-                    self._start(task)
+                    task.pictures = task.pictures or self._pictures(task.order, task.text)
+                    wait_for_card()
+                    task.passed("encode")
+                    self._running.append(task)
 
-    def _start(self, task: _Task) -> None:
-        assert task.text is not None
-        order, (text, negative) = task.order, task.text
+    def _pictures(self, order: Order, text: Encoded | None) -> list[Picture]:
+        """A job's pictures as noise, from its encoded prompts."""
+        assert text is not None
         references = encode_references(self.model, order.prepared)
-        conditions = Conditions(text, negative, references, order.prepared.shapes)
-        task.pictures = [
+        conditions = Conditions(*text, references, order.prepared.shapes)
+        return [
             start(
                 self.model,
                 conditions,
@@ -240,11 +199,8 @@ class Engine:
             )
             for seed in order.seeds
         ]
-        wait_for_card()
-        task.passed("encode")
-        self._running.append(task)
 
-    def _step(self, tasks: Sequence[_Task]) -> None:
+    def _step(self, tasks: Sequence[Task]) -> None:
         """One step of every picture. If that fails, each job is tried alone: it is one's fault."""
         tasks = [task for task in tasks if not task.future.done()]
         pictures = [picture for task in tasks for picture in task.pictures if not picture.done]
@@ -252,7 +208,10 @@ class Engine:
             return
         if len(tasks) == 1:
             with self._blamed_on(tasks[0]):
-                self._advance(tasks, pictures)
+                try:
+                    self._advance(tasks, pictures)
+                except OutOfMemory as error:
+                    raise OutOfMemory(self._what_fits(tasks[0]) or error.message) from None
             return
         try:
             self._advance(tasks, pictures)
@@ -262,13 +221,41 @@ class Engine:
             for task in tasks:  # if it fails again, it is that job's
                 self._step([task])
 
-    def _advance(self, tasks: Sequence[_Task], pictures: Sequence[Picture]) -> None:
+    def _advance(self, tasks: Sequence[Task], pictures: Sequence[Picture]) -> None:
+        # Made on the side stream, to which their memory returns as soon as nobody holds them: the
+        # next job would be begun in it while the card still reads them.
+        held = [picture.latents for picture in pictures]
         step(self.model, pictures, self.limits)
+        self._begin_ahead()
         wait_for_card()
+        del held
         for task in tasks:
             task.company.append(len(pictures))
 
-    def _tell(self, tasks: Sequence[_Task]) -> None:
+    def _begin_ahead(self) -> None:
+        """Encodes a waiting job while the card is busy with the step that it was just asked for.
+
+        On a stream of its own: encoding is many small kernels, with gaps that the step's fill. What
+        fails here is done again in the job's turn, where its failure is the job's.
+        """
+        next_ones = list(self._waiting)[: self.limits.pictures]
+        task = next((task for task in next_ones if not task.pictures), None)
+        if self._aside is None or task is None:
+            return
+        try:
+            with memory_errors("encoding"), torch.cuda.stream(self._aside):
+                text = encode_prompts(self.model, task.order.prepared)
+                task.pictures = self._pictures(task.order, text)
+        except Exception:
+            if card_is_lost():
+                raise
+            log.debug("a job could not be begun ahead", exc_info=True)
+
+    def _what_fits(self, task: Task) -> str | None:
+        order = task.order
+        return what_fits(self.model, order.size, len(order.prepared.pixels), task.load)
+
+    def _tell(self, tasks: Sequence[Task]) -> None:
         """Reports the step that was just done. A failure in here costs no job its picture."""
         for task in tasks:
             if task.order.watcher and not task.future.done():
@@ -282,11 +269,11 @@ class Engine:
                         raise
                     log.warning("progress could not be told", exc_info=True)
 
-    def _shows(self, task: _Task) -> bool:
+    def _shows(self, task: Task) -> bool:
         """Where components take turns, a preview would put the VAE in the transformer's place."""
         return task.order.previews and self._joinable and not task.done
 
-    def _end(self, tasks: list[_Task]) -> None:
+    def _end(self, tasks: list[Task]) -> None:
         """Decodes. Where components take turns, when the last job is done."""
         if not self._joinable and len(tasks) < len(self._running):
             return
@@ -303,7 +290,7 @@ class Engine:
         self._running = [task for task in self._running if not task.future.done()]
 
     @contextmanager
-    def _blamed_on(self, task: _Task) -> Iterator[None]:
+    def _blamed_on(self, task: Task) -> Iterator[None]:
         """A failure in here is this job's, unless the card is lost with it."""
         try:
             with memory_errors("this job"):
@@ -313,7 +300,7 @@ class Engine:
                 raise
             self._settle(task, error)
 
-    def _settle(self, task: _Task, outcome: Made | Exception) -> None:
+    def _settle(self, task: Task, outcome: Made | Exception) -> None:
         try:
             if isinstance(outcome, Exception):
                 task.future.set_exception(outcome)
@@ -322,7 +309,7 @@ class Engine:
         except InvalidStateError:
             pass  # settled already, or cancelled meanwhile
 
-    def _abandon(self, begun: Sequence[_Task], error: Exception) -> None:
+    def _abandon(self, begun: Sequence[Task], error: Exception) -> None:
         """Answers every job at once, and takes no more: the process must be replaced.
 
         begun: jobs that left the queue, and may not be running yet.

@@ -53,6 +53,11 @@ class Settings(BaseSettings):
     bnb_compute: Literal["bf16", "fp16"] = Field(
         "bf16", description="the type in which the model computes"
     )
+    compute: Literal["auto", "bf16", "fp8"] = Field(
+        "auto",
+        description="what the transformer multiplies 4-bit weights in: fp8, or the type of "
+        "BNB_COMPUTE; auto is fp8 where the card has it",
+    )
     use_lightning_lora: bool = Field(True, description="few-step sampling by the Lightning LoRA")
     lightning_steps: Annotated[Literal[4, 8], BeforeValidator(_number_in_text)] = Field(
         8, description="which Lightning LoRA: the one for 4 or the one for 8 steps"
@@ -149,6 +154,15 @@ class Settings(BaseSettings):
         if self.quantize_components == "text" and self.precision_mode == "bf16":
             raise InvalidSettings(
                 "QUANTIZE_COMPONENTS=text has no meaning with PRECISION_MODE=bf16; drop one"
+            )
+        if self.compute == "fp8" and (
+            self.bnb_compute != "bf16"
+            or self.precision_mode not in ("auto", "4bit")
+            or self.quantize_components != "all"
+        ):
+            raise InvalidSettings(
+                "COMPUTE=fp8 is for PRECISION_MODE=4bit, BNB_COMPUTE=bf16 and "
+                "QUANTIZE_COMPONENTS=all; drop it, or set these"
             )
         if self.int8_cpu_offload and self.cpu_offload == "none":
             raise InvalidSettings("INT8_CPU_OFFLOAD=1 contradicts CPU_OFFLOAD=none; drop one")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from image_worker.catalog import ModelEntry, choose
 from image_worker.edit import conditions, sizes
+from image_worker.edit.conditions import Reference
 from image_worker.edit.decode import decode
 from image_worker.edit.denoise import Progress, denoise, start
 from image_worker.edit.schedule import check_steps
-from image_worker.engine import Engine, Made, Order
+from image_worker.engine import Engine
 from image_worker.errors import CardLost, InternalError, InvalidRequest, WorkerError
 from image_worker.job.images import load_images
 from image_worker.job.request import EditRequest, summary
@@ -26,6 +28,7 @@ from image_worker.job.response import Outlet, failure, make_reply
 from image_worker.job.storage import Storage
 from image_worker.model.build import Model, build
 from image_worker.model.placement import detect_hardware
+from image_worker.orders import Made, Order
 from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -149,11 +152,11 @@ class Worker:
         outlet = Outlet.of(self.settings, job.get("s3Config"), job_id)
         if self.settings.runpod_webhook_get_job is None:
             outlet = replace(outlet, max_bytes=None)  # only the queue drops large replies
-        images = load_images(request.sources)
+        references = load_images(request.sources, partial(conditions.as_reference, self.model))
         cfg_scale = self._cfg_scale(request)
         negative = (request.negative_prompt or " ") if cfg_scale > 1 else None
-        prepared = conditions.prepare(self.model, request.prompt, negative, images)
-        size = self._size(request, images)
+        prepared = conditions.prepare(self.model, request.prompt, negative, references)
+        size = self._size(request, references)
         order = Order(prepared, size, request.seeds, self._steps(request), cfg_scale)
         return request, order, outlet
 
@@ -193,8 +196,8 @@ class Worker:
             return self.settings.default_cfg_scale
         return 1.0 if self.model.lightning_steps else self.entry.cfg_scale
 
-    def _size(self, request: EditRequest, images: list[Image.Image]) -> tuple[int, int]:
-        ratio = images[-1].width / images[-1].height if images else 1.0
+    def _size(self, request: EditRequest, references: list[Reference]) -> tuple[int, int]:
+        ratio = references[-1].ratio if references else 1.0
         width, height = sizes.output_size(self.entry.area, ratio, request.width, request.height)
         for name, side in (("width", width), ("height", height)):
             if not self.entry.min_side <= side <= self.entry.max_side:
@@ -225,13 +228,18 @@ class Worker:
 
 
 def warm_up(model: Model) -> None:
-    """A small edit of a grey picture in two steps: what cannot run fails here, before any job."""
+    """A small edit of a grey picture in two steps: what cannot run fails here, before any job.
+
+    The usual schedule's modulation is made here, too, so that the first job finds it.
+    """
     side = model.entry.min_side
     images = [Image.new("RGB", (side, side), "gray")] if model.entry.max_images else []
     encoded = conditions.encode(model, "warm up", None, images)
     picture = start(model, encoded, (side, side), seed=0, steps=2, cfg_scale=1.0)
     denoise(model, [picture])
     decode(model, picture)
+    usual = sizes.fit_area(model.entry.area, 1.0)
+    start(model, encoded, usual, seed=0, steps=model.steps, cfg_scale=1.0)
 
 
 class _Clock:

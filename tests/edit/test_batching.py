@@ -5,15 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_worker.edit.batching import (
-    MAX_PADDING,
-    Length,
-    Limits,
-    Load,
-    joins,
-    padded,
-    shares,
-)
+from image_worker.edit.batching import Length, Limits, Load, joins, shares
 
 LENGTHS = st.lists(
     st.builds(Length, st.integers(1, 20_000), st.integers(1, 1_500)), min_size=1, max_size=12
@@ -25,20 +17,16 @@ def test_every_row_runs_once_within_the_limits(lengths: list[Length], tokens: in
     found = shares(lengths, tokens)
     assert sorted(row for share in found for row in share) == list(range(len(lengths)))
     for share in found:
-        rows = [lengths[number] for number in share]
-        if len(rows) > 1:
-            assert tokens is None or padded(rows) <= tokens
-            needed = sum(row.total for row in rows)
-            assert padded(rows) - needed <= MAX_PADDING * padded(rows)
+        if len(share) > 1:
+            assert tokens is None or sum(lengths[row].total for row in share) <= tokens
 
 
-def test_rows_of_like_lengths_share() -> None:
+def test_forwards_are_as_few_as_their_limit_allows() -> None:
     small, large = Length(1000, 100), Length(8000, 100)
-    assert shares([large, small, large, small], None) == [[1, 3], [0, 2]]
+    assert shares([large, small, large, small], None) == [[0, 1, 2, 3]]
     assert shares([small] * 5, 2200) == [[0, 1], [2, 3], [4]]
     assert shares([small] * 5, 2199) == [[0], [1], [2], [3], [4]]
-    # Prompts of unlike lengths cost little beside pictures.
-    assert shares([Length(4096, 50), Length(4096, 300)], None) == [[0, 1]]
+    assert shares([small, large, small, small], 2200) == [[0], [1], [2, 3]]
 
 
 def load(image: int = 1000, text: int = 100, pictures: int = 1, rows: int = 1) -> Load:
@@ -47,10 +35,15 @@ def load(image: int = 1000, text: int = 100, pictures: int = 1, rows: int = 1) -
 
 def test_a_job_joins_those_whose_forward_it_can_share() -> None:
     limits = Limits(pictures=4, tokens=4400)
-    assert joins([load(), load()], load(), limits)
-    assert not joins([load(), load()], load(image=8000), limits), "unlike lengths"
+    assert joins([load(), load()], load(image=2000), limits)
+    assert not joins([load(), load()], load(image=8000), limits), "too large"
     assert not joins([load(), load()], load(pictures=3), limits), "too many pictures"
     assert not joins([load(rows=2), load(rows=2)], load(), limits), "too many tokens"
+
+
+def test_nobody_joins_a_card_that_is_busy_enough() -> None:
+    assert joins([load()], load(), Limits(pictures=4, enough=2200))
+    assert not joins([load()], load(), Limits(pictures=4, enough=2199))
 
 
 def test_the_first_job_always_runs() -> None:

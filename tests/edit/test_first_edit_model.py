@@ -19,14 +19,14 @@ from tests.conftest import MINI, MINI_FOLDER, build_mini, make_picture
 
 def test_equals_the_stock_pipeline(monkeypatch: Any) -> None:
     entry = dataclasses.replace(MINI, template=EDIT, max_images=1, vision_area=None)
-    model = build_mini(torch.float32, entry, use_lightning_lora="0")
+    model = build_mini(torch.float64, entry, use_lightning_lora="0")
     image = make_picture(140, 100)
     encoded = conditions.encode(model, "blur the scene", None, [image])
     width, height = 160, 96
     picture = start(model, encoded, (width, height), seed=5, steps=6, cfg_scale=1.0)
     denoise(model, [picture])
 
-    parts = upstream.components(MINI_FOLDER, torch.float32)
+    parts = upstream.components(MINI_FOLDER, torch.float64)
     images = Qwen2VLImageProcessorPil.from_pretrained(MINI_FOLDER / "processor")
     processor = upstream.PilProcessor(image_processor=images, tokenizer=parts["tokenizer"])
     pipeline = QwenImageEditPipeline(processor=processor, **parts)
@@ -44,4 +44,4 @@ def test_equals_the_stock_pipeline(monkeypatch: Any) -> None:
         generator=torch.Generator("cpu").manual_seed(5),
         output_type="latent",
     ).images
-    assert (picture.latents - expected[0]).abs().max() <= 1e-5
+    assert (picture.latents - expected[0]).abs().max() <= 2e-6

@@ -9,7 +9,8 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote
@@ -31,6 +32,10 @@ def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def load(sources: Sequence[tuple[str, ImageSource]]) -> list[Image.Image]:
+    return images.load_images(sources, Image.Image.copy)
 
 
 def png(width: int, height: int, bits: int, kind: int, rows: bytes, extra: bytes = b"") -> bytes:
@@ -281,7 +286,7 @@ def test_the_field_at_fault_is_named() -> None:
     good = ImageSource(base64=as_base64(make_picture()))
     sources = [("images[0]", good), ("images[1]", ImageSource(base64="!"))]
     with pytest.raises(InvalidImage) as caught:
-        images.load_images(sources)
+        load(sources)
     assert caught.value.field == "images[1]"
 
 
@@ -291,9 +296,9 @@ def test_the_bytes_of_a_job_are_counted_together(monkeypatch: pytest.MonkeyPatch
         images, "Allowance", lambda: _Allowance(size=len(base64.b64decode(text)) * 2)
     )
     pair = [(f"images[{number}]", ImageSource(base64=text)) for number in range(2)]
-    assert len(images.load_images(pair)) == 2
+    assert len(load(pair)) == 2
     with pytest.raises(InvalidImage, match="in all"):
-        images.load_images([*pair, ("images[2]", ImageSource(base64=text))])
+        load([*pair, ("images[2]", ImageSource(base64=text))])
 
 
 _Allowance = images.Allowance
@@ -369,7 +374,7 @@ def test_addresses_of_this_machine_are_refused(server: str) -> None:
 
 
 def test_a_picture_is_fetched(server: str, trusting: None) -> None:
-    [found] = images.load_images([("image_url", ImageSource(url=f"{server}/picture"))])
+    [found] = load([("image_url", ImageSource(url=f"{server}/picture"))])
     assert found.size == (40, 30)
 
 
@@ -428,7 +433,7 @@ def test_the_pictures_of_a_job_share_one_deadline(
     ]
     start = time.monotonic()
     with pytest.raises(ImageUnavailable) as caught:
-        images.load_images(sources)
+        load(sources)
     assert time.monotonic() - start < 2
     assert caught.value.field == "images[0]"
 
@@ -469,3 +474,156 @@ def test_memory_that_runs_out_is_not_the_callers_fault(monkeypatch: Any) -> None
     monkeypatch.setattr(images, "_to_rgb", fail)
     with pytest.raises(MemoryError):
         images.decode(encoded(make_picture()))
+
+
+SECONDS = 20
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+class Users:
+    """Threads that take of a budget until they are told to stop. holding: what, in its order."""
+
+    def __init__(self, budget: images.Budget) -> None:
+        self.holding: list[int] = []
+        self._budget = budget
+
+    def ask(self, amount: int) -> Callable[[], None]:
+        """Returns once the amount is held, or waited for. The result gives it back."""
+        stop, before = threading.Event(), self._known()
+
+        def hold() -> None:
+            with self._budget.take(amount):
+                self.holding.append(amount)
+                stop.wait(SECONDS)
+                self.holding.remove(amount)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        eventually(lambda: self._known() == before + 1)
+
+        def release() -> None:
+            stop.set()
+            thread.join(SECONDS)
+
+        return release
+
+    def hold(self, *amounts: int) -> None:
+        """Returns once these are held, in this order."""
+        eventually(lambda: self.holding == list(amounts))
+
+    def _known(self) -> int:
+        return len(self.holding) + len(self._budget._queue)
+
+
+def test_a_budget_is_given_out_in_the_order_of_asking() -> None:
+    users = Users(images.Budget(10))
+    first, second = users.ask(6), users.ask(4)
+    users.hold(6, 4)
+    large, small = users.ask(5), users.ask(1)
+    second()
+    time.sleep(0.1)
+    assert users.holding == [6], "the small one would fit, but does not overtake the large one"
+    first()
+    users.hold(5, 1)
+    large()
+    small()
+
+
+def test_what_is_larger_than_the_budget_goes_alone() -> None:
+    users = Users(images.Budget(10))
+    small, large = users.ask(1), users.ask(1000)
+    time.sleep(0.1)
+    assert users.holding == [1]
+    small()
+    users.hold(1000)
+    later = users.ask(1)
+    time.sleep(0.1)
+    assert users.holding == [1000]
+    large()
+    users.hold(1)
+    later()
+
+
+def test_an_error_gives_back_what_was_taken() -> None:
+    budget = images.Budget(10)
+    with pytest.raises(ValueError), budget.take(10):
+        raise ValueError
+    users = Users(budget)
+    release = users.ask(10)
+    users.hold(10)
+    release()
+
+
+def test_who_gives_up_waiting_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = images.Budget(10)
+
+    def interrupted(_: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(budget._changed, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt), budget.take(10):
+            pass
+    users = Users(budget)
+    release = users.ask(10)
+    users.hold(10)
+    release()
+
+
+def source(width: int, height: int) -> tuple[str, ImageSource]:
+    return "image", ImageSource(base64=as_base64(make_picture(width, height)))
+
+
+def test_small_pictures_of_several_jobs_are_used_side_by_side() -> None:
+    meeting = threading.Barrier(3)
+
+    def use(_: Image.Image) -> None:
+        meeting.wait(SECONDS)
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [[source(16, 16)] * 2, [source(16, 16)]]
+        assert len(list(pool.map(lambda job: images.load_images(job, use), jobs))) == 2
+
+
+def test_pictures_of_all_jobs_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = source(16, 16), source(64, 64)
+    budget = 3 * 16 * 16
+    monkeypatch.setattr(images, "_PIXELS", images.Budget(budget))
+    lock, held = threading.Lock(), [0]
+
+    def use(image: Image.Image) -> int:
+        pixels = image.width * image.height
+        with lock:
+            held[0] += pixels
+        time.sleep(0.02)
+        with lock:
+            assert held[0] <= budget or held[0] == pixels, "too many, and not one alone"
+            held[0] -= pixels
+        return image.width
+
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [[small] * 4, [small, large], [large, large], [small] * 4]
+        found = list(pool.map(lambda job: images.load_images(job, use), jobs))
+    assert found == [[16] * 4, [16, 64], [64, 64], [16] * 4]
+
+
+def test_a_picture_that_fails_gives_its_room_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_PIXELS", images.Budget(40 * 30))
+    cut_off = base64.b64encode(encoded(make_picture(40, 30))[:400]).decode()
+    good = source(40, 30)
+
+    def fail(_: Image.Image) -> None:
+        raise RuntimeError
+
+    for _ in range(2):
+        with pytest.raises(InvalidImage, match="cannot be read"):
+            load([("image", ImageSource(base64=cut_off))])
+        with pytest.raises(RuntimeError):
+            images.load_images([good], fail)
+    assert load([good])[0].size == (40, 30)

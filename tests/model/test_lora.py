@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from image_worker.errors import ModelMismatch
+from image_worker.model.components import TRANSFORMER
 from image_worker.model.lora import Lora
 from tests import upstream
-from tests.conftest import MINI, MINI_FOLDER, build_mini
+from tests.conftest import MINI, MINI_FOLDER, build_mini, read_mini
 
 LIGHTNING = MINI_FOLDER / MINI.lightning[8].path
 
@@ -65,7 +66,7 @@ def test_every_key_format_gives_the_same_change(
 def test_merged_weights_are_those_of_diffusers() -> None:
     pipeline = upstream.edit_plus_pipeline(MINI_FOLDER, torch.float32, lora=LIGHTNING)
     expected = pipeline.transformer.state_dict()
-    found = build_mini(torch.float32).transformer.state_dict()
+    found = read_mini(TRANSFORMER, torch.float32).state_dict()
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert torch.allclose(tensor, expected[name], atol=1e-6), name

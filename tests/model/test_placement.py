@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from image_worker.errors import DoesNotFit
-from image_worker.model.placement import GIB, Hardware, Shape, Sizes, plan
+from image_worker.model.placement import GIB, RESERVE, Hardware, Shape, Sizes, plan
 from image_worker.settings import Settings
 
 # As `stored_bytes` finds them for Qwen-Image-Edit-2509, in GiB.
@@ -40,6 +40,14 @@ def test_auto_by_free_memory(free: float, precision: str, offload: str) -> None:
     found = decide(free)
     assert (found.precision, found.offload) == (precision, offload)
     assert found.peak <= free * GIB
+
+
+def test_room_is_counted_in_tokens_as_it_was_planned() -> None:
+    found = decide(23)
+    free = RESERVE + 1000 * found.token_bytes
+    assert [found.tokens_within(free + more) for more in (-1, 0)] == [999, 1000]
+    assert found.tokens_within(0) == 0
+    assert decide(None).tokens_within(0) is None
 
 
 def test_an_explicit_precision_is_kept() -> None:

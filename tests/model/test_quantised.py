@@ -13,9 +13,10 @@ from image_worker.edit import conditions
 from image_worker.edit.decode import decode
 from image_worker.edit.denoise import denoise, start
 from image_worker.model.build import Model
+from image_worker.model.components import TEXT_ENCODER, TRANSFORMER
 from image_worker.model.formats import FORMATS
 from image_worker.model.lora import Lora
-from tests.conftest import MINI, MINI_FOLDER, build_mini, make_picture, mini_model
+from tests.conftest import MINI, MINI_FOLDER, build_mini, make_picture, mini_model, read_mini
 from tests.pictures import psnr
 
 
@@ -34,15 +35,13 @@ def stored(layer: Any) -> Tensor:
 def test_the_lora_survives(precision: str) -> None:
     """Merged before quantising: its projection on what quantised weights changed by is whole."""
     lora = Lora.read(MINI_FOLDER / MINI.lightning[8].path)
-    # Built afresh: on some processors a 4-bit layer is repacked at its first forward.
     found, base = (
-        build_mini(torch.bfloat16, precision_mode=precision, use_lightning_lora=flag)
-        for flag in ("1", "0")
+        read_mini(TRANSFORMER, torch.bfloat16, precision, lora=flag) for flag in (True, False)
     )
     along, length = 0.0, 0.0
     for name, pair in lora.pairs.items():
         delta = pair.scale * (pair.up.float() @ pair.down.float())
-        layers = (model.transformer.get_submodule(name) for model in (found, base))
+        layers = (module.get_submodule(name) for module in (found, base))
         after, before = (stored(layer) for layer in layers)
         along += ((after - before) * delta).sum().item()
         length += (delta * delta).sum().item()
@@ -53,25 +52,25 @@ def test_the_lora_survives(precision: str) -> None:
 
 @pytest.mark.parametrize(("precision", "kind"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
 def test_what_is_quantised(precision: str, kind: str) -> None:
-    model = mini_model(torch.bfloat16, precision_mode=precision)
+    transformer = read_mini(TRANSFORMER, torch.bfloat16, precision)
+    text_encoder = read_mini(TEXT_ENCODER, torch.bfloat16, precision)
     linear = {
         name: type(module).__name__
-        for name, module in model.transformer.named_modules()
+        for name, module in transformer.named_modules()
         if isinstance(module, nn.Linear)
     }
-    kept = {name for name, found in linear.items() if found == "Linear"}
-    assert "transformer_blocks.0.img_mod.1" in kept
-    assert {name for name in kept if name.startswith("transformer_blocks.")} == {
-        "transformer_blocks.0.img_mod.1"
-    }
-    assert linear["transformer_blocks.1.img_mod.1"] == kind
-    assert type(model.text_encoder.language_model.layers[0].mlp.up_proj).__name__ == kind
-    assert type(model.text_encoder.visual.blocks[0].mlp.up_proj).__name__ == "Linear"
+    in_blocks = {name for name in linear if name.startswith("transformer_blocks.")}
+    modulation = {name for name in in_blocks if "_mod." in name}
+    assert len(modulation) == 2 * 7 and len(in_blocks) == (2 + 12) * 7
+    assert {linear[name] for name in in_blocks - modulation} == {kind}
+    assert {linear[name] for name in linear if name not in in_blocks - modulation} == {"Linear"}
+    assert type(text_encoder.language_model.layers[0].mlp.up_proj).__name__ == kind
+    assert type(text_encoder.visual.blocks[0].mlp.up_proj).__name__ == "Linear"
 
 
 def test_quantize_components_text_leaves_the_transformer_alone() -> None:
     model = build_mini(torch.bfloat16, precision_mode="4bit", quantize_components="text")
-    assert type(model.transformer.transformer_blocks[1].attn.to_q).__name__ == "Linear"
+    assert type(model.transformer.blocks[1].qkv.image).__name__ == "Plain"
     layer = model.text_encoder.language_model.layers[0].mlp.up_proj
     assert type(layer).__name__ == "Linear4bit"
 

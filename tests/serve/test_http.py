@@ -14,23 +14,22 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import requests
-import uvicorn
 from PIL import Image
 
 from image_worker import engine as engine_module
 from image_worker.catalog import TEXT_TO_IMAGE
 from image_worker.serve import jobs as jobs_module
-from image_worker.serve.http import MAX_BODY, create_app
+from image_worker.serve.http_server import MAX_BODY
 from image_worker.settings import Settings
 from image_worker.worker import Worker
 from tests.conftest import MINI, make_picture, mini_model
+from tests.serve.served import serving
 from tests.worker_jobs import as_base64, job
 
 ROOT = Path(__file__).parents[2]
@@ -42,25 +41,6 @@ def worker() -> Iterator[Worker]:
     made = Worker.from_settings(Settings.from_env({"MODEL": "mini"}))
     yield made
     made.close()
-
-
-@contextmanager
-def serving(worker: Worker, **variables: str) -> Iterator[str]:
-    """The server in a thread; its URL."""
-    settings = Settings.from_env({"STANDALONE_MODE": "1", **variables})
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(create_app(worker, settings), log_level="warning")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +194,13 @@ def test_other_bodies_and_routes(url: str) -> None:
     assert get(f"{url}/status/nope").json()["error"]["type"] == "unknown_job"
     assert get(f"{url}/stream/nope").status_code == 404
     assert post(f"{url}/cancel/nope").status_code == 404
-    assert get(f"{url}/nowhere").status_code == 404
-    assert get(f"{url}/run").status_code == 405
+    answer = get(f"{url}/nowhere")
+    assert answer.status_code == 404 and answer.json()["error"]["message"] == "Not Found"
+    answer = get(f"{url}/run")
+    assert answer.status_code == 405 and answer.headers["Allow"] == "POST"
+    form = {"Content-Type": "multipart/form-data"}
+    answer = requests.post(f"{url}/v1/images/edits", data=b"x", headers=form, timeout=SECONDS)
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_request"
 
 
 def test_a_body_over_the_limit_is_not_read(url: str) -> None:
@@ -233,7 +218,7 @@ def test_a_body_over_the_limit_is_not_read(url: str) -> None:
 
     try:
         answer = requests.post(f"{url}/run", data=endless(), timeout=SECONDS)
-        assert answer.status_code == 413
+        assert answer.status_code == 413 and answer.json()["error"]["type"] == "too_large"
     except requests.exceptions.ConnectionError:
         pass  # it hung up while we were still sending
     assert get(f"{url}/ready").json() == {"ready": True}

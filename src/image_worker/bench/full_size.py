@@ -168,7 +168,8 @@ def working_memory(worker: Any) -> dict[str, float]:
 
     model = worker.model
     request = EditRequest.parse(job(0), model.entry)
-    encoded = conditions.encode(model, request.prompt, None, load_images(request.sources))
+    images = load_images(request.sources, lambda image: image)
+    encoded = conditions.encode(model, request.prompt, None, images)
     picture = start(model, encoded, (1024, 1024), seed=0, steps=2, cfg_scale=1.0)
     tokens = len(picture.latents) + len(encoded.references) + len(encoded.text)
     peaks = []
@@ -182,7 +183,7 @@ def working_memory(worker: Any) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
         work()
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    width = model.transformer.inner_dim
+    width = model.transformer.width
     return {
         "tokens": tokens,
         "denoise_bytes": round(peaks[0] / tokens / width, 2),

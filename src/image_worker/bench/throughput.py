@@ -1,7 +1,8 @@
 """Throughput of batches at full size: `python -m image_worker.bench.throughput FOLDER`.
 
 Serves edits with one reference from the random-weight checkpoint in FOLDER (57 GB, written once) to
-clients that each send their next job when the last one is answered, in this process. The card's
+clients that each send their next job when the last one is answered, in this process. Jobs are let
+join however busy the card is (`batching.ENOUGH_TOKENS` is off), to see what that gives. The card's
 busy fraction is what `nvidia-smi` samples (kernels running, in percent of the time).
 """
 
@@ -24,7 +25,7 @@ from image_worker.worker import Worker
 
 SIDES = (512, 1024)
 BATCH_SIZES = (1, 2, 4, 8)
-_CLIENTS_PER_PLACE = 2  # so that the next batch is ready when one ends
+_CLIENTS = 2 * max(BATCH_SIZES)  # so that the next batch is ready when one ends
 _COLUMNS = ("side", "batch size", "jobs/s", "p50 s", "p95 s", "mean batch", "GPU busy %")
 
 
@@ -48,6 +49,7 @@ def main() -> None:
         }
     )
     worker = Worker.from_settings(settings)
+    worker.engine.limits.enough = None
     sys.stdout.write(f"{worker.model.plan.describe()}\n| {' | '.join(_COLUMNS)} |\n")
     sys.stdout.write("| --- " * len(_COLUMNS) + "|\n")
     for side in options.sides:
@@ -65,8 +67,7 @@ def measure(worker: Worker, side: int, size: int, seconds: float) -> tuple[objec
     command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
     with subprocess.Popen([*command, "-lms", "100"], stdout=subprocess.PIPE, text=True) as smi:
         clock = time.perf_counter()
-        clients = max(4, _CLIENTS_PER_PLACE * size)
-        replies, latencies = asyncio.run(_load(worker, side, clients, seconds))
+        replies, latencies = asyncio.run(_load(worker, side, _CLIENTS, seconds))
         elapsed = time.perf_counter() - clock
         smi.terminate()
         busy = [float(line) for line in (smi.stdout or ()) if line.strip().isdigit()]

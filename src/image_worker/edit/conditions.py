@@ -26,11 +26,24 @@ _TOKENIZING = threading.Lock()  # the tokenizer sets itself up for each call
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A picture, reduced to what the model reads of it.
+
+    ratio: width / height as it came; seen: for the text encoder;
+    pixels: for the VAE, (1, 3, 1, height, width) in [-1, 1], float32.
+    """
+
+    ratio: float
+    seen: Image.Image
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A job's prompts and pictures as tensors on the CPU: all that can be done beside the card.
 
     prompt, negative: the text encoder's inputs; negative is None without guidance;
-    pixels: one per picture for the VAE, (1, 3, 1, height, width) in [-1, 1], float32.
+    pixels: one per picture, as in `Reference`.
     """
 
     prompt: dict[str, Tensor]
@@ -64,23 +77,25 @@ def encode(
 
     Both prompts have passed `check_prompt`.
     """
-    prepared = prepare(model, prompt, negative_prompt, images)
+    references = [as_reference(model, image) for image in images]
+    prepared = prepare(model, prompt, negative_prompt, references)
     text, negative = encode_prompts(model, prepared)
     return Conditions(text, negative, encode_references(model, prepared), prepared.shapes)
 
 
 def prepare(
-    model: Model, prompt: str, negative_prompt: str | None, images: Sequence[Image.Image]
+    model: Model, prompt: str, negative_prompt: str | None, references: Sequence[Reference]
 ) -> Prepared:
     """The part of `encode` that needs no card; may be called from any thread."""
-    seen, drawn = _resize(model, images)
     template = model.entry.template
+    seen = [reference.seen for reference in references]
 
     def inputs(text: str) -> dict[str, Tensor]:
-        return _tokenise(model, template.render(text, len(images)), seen)
+        return _tokenise(model, template.render(text, len(seen)), seen)
 
     negative = None if negative_prompt is None else inputs(negative_prompt)
-    return Prepared(inputs(prompt), negative, tuple(drawn))
+    pixels = tuple(reference.pixels for reference in references)
+    return Prepared(inputs(prompt), negative, pixels)
 
 
 def row_lengths(
@@ -131,21 +146,17 @@ def check_prompt(model: Model, prompt: str, field: str) -> None:
         raise InvalidRequest(f"the control token {token} is not allowed here", field=field)
 
 
-def _resize(model: Model, images: Sequence[Image.Image]) -> tuple[list[Image.Image], list[Tensor]]:
-    """What the text encoder sees, and pixels for the VAE: (1, 3, 1, height, width) in [-1, 1]."""
+def as_reference(model: Model, image: Image.Image) -> Reference:
+    """Reduces an RGB picture; may be called from any thread."""
     processor = VaeImageProcessor(vae_scale_factor=sizes.TOKEN)
-    seen, drawn = [], []
-    for image in images:
-        ratio = image.width / image.height
-        width, height = sizes.fit_area(model.entry.area, ratio)
-        if model.entry.vision_area is None:  # the first Edit model shows both the same picture
-            image = processor.resize(image, height, width)
-            seen.append(image)
-        else:
-            seen_width, seen_height = sizes.fit_area(model.entry.vision_area, ratio)
-            seen.append(processor.resize(image, seen_height, seen_width))
-        drawn.append(processor.preprocess(image, height, width).unsqueeze(2))
-    return seen, drawn
+    ratio = image.width / image.height
+    width, height = sizes.fit_area(model.entry.area, ratio)
+    if model.entry.vision_area is None:  # the first Edit model shows both the same picture
+        seen = image = processor.resize(image, height, width)
+    else:
+        seen_width, seen_height = sizes.fit_area(model.entry.vision_area, ratio)
+        seen = processor.resize(image, seen_height, seen_width)
+    return Reference(ratio, seen, processor.preprocess(image, height, width).unsqueeze(2))
 
 
 def _encode_text(model: Model, inputs: dict[str, Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from image_worker.edit.batching import Length, Limits, padded, shares
+from image_worker.edit.batching import Length, Limits, shares
 from image_worker.edit.conditions import Conditions
 from image_worker.edit.schedule import sigmas
 from image_worker.edit.sizes import tokens
@@ -65,6 +65,7 @@ def start(
     shape = tokens(*size)
     _, rows, columns = shape
     levels = sigmas(model.sampler, steps, rows * columns)
+    model.transformer.prepare(levels[:-1])
     channels = model.transformer.config.in_channels // 4
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn(
@@ -127,7 +128,7 @@ def step(model: Model, pictures: Sequence[Picture], limits: Limits) -> list[int]
         found = _forward(model, [rows[number] for number in share], alone=len(share) == 1)
         if found is None:
             torch.cuda.empty_cache()
-            limits.learn(padded([lengths[number] for number in share]))
+            limits.learn(sum(lengths[number].total for number in share))
             waiting = [share[: len(share) // 2], share[len(share) // 2 :], *waiting]
             continue
         outputs.update(zip(share, found, strict=True))
@@ -165,7 +166,7 @@ def euler_step(latents: Tensor, velocity: Tensor, level: float, next_level: floa
     The difference is a float32 tensor, not a number, because the product then rounds as in
     diffusers' scheduler: a bf16 picture equals upstream's.
     """
-    change = torch.tensor(next_level, device=latents.device) - level
+    change = torch.tensor(next_level) - level  # on the CPU: nobody waits for the card
     return (latents.float() + change * velocity).to(latents.dtype)
 
 

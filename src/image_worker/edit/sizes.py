@@ -33,6 +33,17 @@ def output_size(area: int, ratio: float, width: int | None, height: int | None) 
     return fit_area(area, ratio)
 
 
+def shrunk(size: tuple[int, int], most_tokens: int, smallest_side: int) -> tuple[int, int] | None:
+    """(width, height) in the shape of `size`, but of so many tokens at most.
+
+    Each side is rounded down by itself. None where one would be under `smallest_side` pixels.
+    """
+    _, rows, columns = tokens(*size)
+    scale = math.sqrt(max(0, most_tokens) / (rows * columns))
+    width, height = int(columns * scale) * TOKEN, int(rows * scale) * TOKEN
+    return (width, height) if min(width, height) >= smallest_side else None
+
+
 def tokens(width: int, height: int) -> tuple[int, int, int]:
     """A picture's shape in tokens: (frames = 1, rows, columns)."""
     return 1, height // TOKEN, width // TOKEN

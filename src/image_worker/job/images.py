@@ -1,7 +1,8 @@
 """Pictures from callers: fetched and decoded as what they are, untrusted input.
 
 Every limit is checked before the work that it bounds: bytes before decoding base64, a URL's
-address before connecting, pixels and format from the header before decompressing.
+address before connecting, pixels and format from the header before decompressing. Decoded pictures
+of all jobs share one `Budget`, and are used up within it: what waits holds its file's bytes only.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import io
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from typing import TypeVar
 from urllib.parse import urljoin
 
 from PIL import Image, ImageCms, ImageOps
@@ -23,9 +27,12 @@ from image_worker.errors import ImageUnavailable, InvalidImage, WorkerError
 from image_worker.job.network import request, within
 from image_worker.job.request import ImageSource
 
+T = TypeVar("T")
+
 MAX_BYTES = 20 * 2**20
 MAX_JOB_BYTES = 50 * 2**20
 MAX_PIXELS = 50_000_000
+MAX_PIXELS_AT_A_TIME = 64_000_000  # 1 GB: one takes up to 15 bytes while it is decoded
 MIN_SIDE = 8
 MAX_RATIO = 8.0
 MAX_SCANS = 100
@@ -36,7 +43,6 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 _TOO_LARGE = f"the picture is over {MAX_BYTES // 2**20} MiB"
 _WHITE_SPACE = dict.fromkeys(map(ord, " \t\r\n"))
-_DECODING = threading.Lock()  # one at a time: 50 megapixels take 200 MB, and more on the way
 
 # A JPEG marker that starts a segment or ends the picture; stuffing and restarts are neither.
 _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
@@ -68,8 +74,43 @@ class Allowance:
                 raise InvalidImage(f"the pictures are over {MAX_JOB_BYTES // 2**20} MiB in all")
 
 
-def load_images(sources: Sequence[tuple[str, ImageSource]]) -> list[Image.Image]:
-    """All pictures of a job, as RGB, fetched side by side within `FETCH_SECONDS`.
+class Budget:
+    """So much at a time, in the order of asking. What is larger than all of it goes alone."""
+
+    def __init__(self, size: int) -> None:
+        self._size = self._left = size
+        self._queue: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, amount: int) -> Iterator[None]:
+        """Waits until `amount` is there, and has it for as long as the context lasts."""
+        amount, turn = min(amount, self._size), object()
+        with self._changed:
+            self._queue.append(turn)
+            try:
+                self._changed.wait_for(lambda: self._queue[0] is turn and amount <= self._left)
+                self._left -= amount
+            finally:
+                self._queue.remove(turn)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += amount
+                self._changed.notify_all()
+
+
+_PIXELS = Budget(MAX_PIXELS_AT_A_TIME)
+
+
+def load_images(
+    sources: Sequence[tuple[str, ImageSource]], use: Callable[[Image.Image], T]
+) -> list[T]:
+    """What `use` makes of each picture of a job, as RGB, fetched side by side in `FETCH_SECONDS`.
+
+    use: called on several threads. A picture counts as gone when it returns, so it keeps none.
 
     Raises:
         InvalidImage, ImageUnavailable: about the first picture at fault; `field` names it.
@@ -78,20 +119,28 @@ def load_images(sources: Sequence[tuple[str, ImageSource]]) -> list[Image.Image]
         return []
     allowance = Allowance()
     with ThreadPoolExecutor(len(sources)) as pool:
-        return list(pool.map(lambda source: _load(source[0], source[1], allowance), sources))
+        return list(pool.map(lambda source: _load(source[0], source[1], allowance, use), sources))
 
 
-def _load(field: str, source: ImageSource, allowance: Allowance) -> Image.Image:
+def _load(
+    field: str, source: ImageSource, allowance: Allowance, use: Callable[[Image.Image], T]
+) -> T:
     try:
-        if source.url is not None:
-            return decode(fetch(source.url, allowance))
-        assert source.base64 is not None
-        data = decode_base64(source.base64)
-        allowance.take(len(data))
-        return decode(data)
+        data = _read(source, allowance)
+        with _PIXELS.take(count_pixels(data)):
+            return use(decode(data))
     except WorkerError as error:
         error.field = field
         raise
+
+
+def _read(source: ImageSource, allowance: Allowance) -> bytes:
+    if source.url is not None:
+        return fetch(source.url, allowance)
+    assert source.base64 is not None
+    data = decode_base64(source.base64)
+    allowance.take(len(data))
+    return data
 
 
 def decode_base64(text: str) -> bytes:
@@ -113,19 +162,39 @@ def decode_base64(text: str) -> bytes:
     return data
 
 
+def count_pixels(data: bytes) -> int:
+    """Of the picture in `data`, by its header.
+
+    Raises:
+        InvalidImage: no picture, of a kind that is not accepted, or too large.
+    """
+    with _opened(data) as image:
+        return image.width * image.height
+
+
 def decode(data: bytes) -> Image.Image:
     """The picture in `data`, upright, sRGB, transparency on white; the first frame of several.
 
     Raises:
         InvalidImage: no picture, of a kind that is not accepted, cut off, or too large.
     """
+    with _opened(data) as image:
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(data)
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture whose header is right; what fails in the context is the picture's fault.
+
+    Closed afterwards: an error's traceback would keep its pixels otherwise.
+    """
     try:
-        with _DECODING, Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with closing(Image.open(io.BytesIO(data), formats=_FORMATS)) as image:
             _check_header(image)
-            if image.format in ("JPEG", "MPO"):
-                _check_scans(data)
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except (InvalidImage, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, met before ours

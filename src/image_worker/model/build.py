@@ -24,8 +24,9 @@ from image_worker.model.components import Component
 from image_worker.model.lora import Lora
 from image_worker.model.offload import Placement
 from image_worker.model.placement import Hardware, Plan, Sizes, plan
+from image_worker.model.transformer import Transformer
 from image_worker.model.vae import PictureVae
-from image_worker.settings import Settings
+from image_worker.settings import Precision, Settings
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is built, where from and in which type: everything but where it will lie."""
+    """What is built, where from and in which type: everything but where it will lie.
+
+    loras: merged into the transformer; fp8: the transformer multiplies 4-bit weights in FP8.
+    """
 
     settings: Settings
     entry: ModelEntry
@@ -64,6 +68,7 @@ class Recipe:
     loras: tuple[Lora, ...]
     device: torch.device
     dtype: torch.dtype
+    fp8: bool = False
 
 
 def build(
@@ -89,12 +94,18 @@ def build(
         folder = files.find_model(entry, settings)
         merged = (*_lightning(settings, entry), *map(Lora.read, loras))
     dtype = dtype or _compute_dtype(settings, hardware)
-    recipe = Recipe(settings, entry, folder, merged, hardware.device, dtype)
+    fp8 = hardware.has_fp8 and settings.compute != "bf16" and dtype == torch.bfloat16
+    recipe = Recipe(settings, entry, folder, merged, hardware.device, dtype, fp8)
 
     shape = components.shape(entry, components.read_configs(folder))
     sizes = components.sizes(folder, settings, dtype)
     decided = plan(settings, sizes, shape, hardware)
     log.info("plan: %s on %s: %s", entry.name, hardware.name, decided.describe())
+    if settings.compute == "fp8" and not (fp8 and decided.precision == "4bit"):
+        raise InvalidSettings(
+            f"COMPUTE=fp8 is impossible with {decided.precision} weights on {hardware.name}: it "
+            "takes PRECISION_MODE=4bit and a card of compute capability 8.9 or later"
+        )
 
     def start(decided: Plan) -> Model:
         model = _load(recipe, decided, sizes[decided.precision], cold_start)
@@ -125,9 +136,9 @@ def _load(recipe: Recipe, decided: Plan, sizes: Sizes, cold_start: ColdStart) ->
     lightning = settings.use_lightning_lora
     placement = Placement(recipe.device, offload=decided.offload == "model")
 
-    def load(component: Component, loras: Sequence[Lora] = ()) -> nn.Module:
+    def load(component: Component) -> nn.Module:
         with cold_start.step(f"load {component.name}", getattr(sizes, component.name)):
-            module = _load_component(recipe, component, decided, loras)
+            module = _load_component(recipe, component, decided)
             placement.add(component.name, module)
         return module
 
@@ -145,30 +156,36 @@ def _load(recipe: Recipe, decided: Plan, sizes: Sizes, cold_start: ColdStart) ->
         if entry.max_images
         else None,
         text_encoder=load(components.TEXT_ENCODER),
-        transformer=load(components.TRANSFORMER, recipe.loras),
+        transformer=load(components.TRANSFORMER),
         vae=load(components.VAE),
         placement=placement,
         cold_start=cold_start,
     )
 
 
-def _load_component(
-    recipe: Recipe, component: Component, decided: Plan, loras: Sequence[Lora]
-) -> nn.Module:
+def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.Module:
+    module = read_component(recipe, component, decided.precision)
+    if isinstance(module, PictureVae):
+        module.fold()
+    if component is components.TRANSFORMER:
+        module = Transformer(module, recipe.device, recipe.dtype, fp8=recipe.fp8)
+    return module.eval().to(recipe.device)  # buffers, which no checkpoint holds
+
+
+def read_component(recipe: Recipe, component: Component, precision: Precision) -> nn.Module:
+    """A component as its library has it, with its weights, the transformer's LoRAs merged."""
     folder = recipe.folder / component.name
     module = component.empty(folder)
     weights.load(
         module,
         files.weight_files(folder),
-        component.storage(decided.precision, recipe.settings, recipe.dtype),
+        component.storage(precision, recipe.settings, recipe.dtype),
         recipe.device,
         rename=component.rename,
-        loras=loras,
+        loras=recipe.loras if component is components.TRANSFORMER else (),
         label=component.name,
     )
-    if isinstance(module, PictureVae):
-        module.fold()
-    return module.eval().to(recipe.device)  # buffers, which no checkpoint holds
+    return module
 
 
 def _lightning(settings: Settings, entry: ModelEntry) -> list[Lora]:
@@ -186,7 +203,10 @@ def _lightning(settings: Settings, entry: ModelEntry) -> list[Lora]:
 def _compute_dtype(settings: Settings, hardware: Hardware) -> torch.dtype:
     if settings.bnb_compute == "fp16":
         return torch.float16
-    if not hardware.has_bf16:
-        log.warning("%s has no bfloat16: computing in float16", hardware.name)
-        return torch.float16
-    return torch.bfloat16
+    if hardware.has_bf16:
+        return torch.bfloat16
+    if hardware.free is None:
+        log.info("this CPU has no bfloat16: computing in float32")
+        return torch.float32
+    log.warning("%s has no bfloat16: computing in float16", hardware.name)
+    return torch.float16

@@ -1,7 +1,7 @@
 """The three components of a checkpoint: class, tensor names, and which layers are quantised.
 
-Left in full precision is what is small and feels rounding most (input and output layers, the
-vision tower, the VAE), and the first block's `img_mod`, as published NF4 checkpoints have it.
+Left in full precision is what is small and feels rounding most: input and output layers, the
+vision tower, the VAE. The transformer's modulation is, too, and stays off the card.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Component:
 
     kind: the class that its configuration must name; empty(folder): the module, its parameters on
     the meta device; rename: the module's name for a checkpoint's tensor, None if it is not needed;
-    quantised: whether the linear layer of a name is.
+    quantised, on_host: whether the linear layer of a name is.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Component:
     empty: Callable[[Path], nn.Module]
     rename: Callable[[str], str | None] = lambda name: name
     quantised: Callable[[str], bool] = lambda path: False  # noqa: ARG005
+    on_host: Callable[[str], bool] = lambda path: False  # noqa: ARG005
 
     def storage(
         self, precision: Precision, settings: Settings, dtype: torch.dtype
@@ -47,7 +48,7 @@ class Component:
         """How this component's weights are kept."""
         everything = settings.quantize_components == "all"
         form = FORMATS[precision] if everything or self.name == "text_encoder" else None
-        return weights.Storage(dtype, form, self.quantised)
+        return weights.Storage(dtype, form, self.quantised, self.on_host)
 
 
 def text_encoder_name(name: str) -> str | None:
@@ -79,6 +80,11 @@ def _empty_diffusers(kind: Any) -> Callable[[Path], nn.Module]:
     return empty
 
 
+def is_modulation(path: str) -> bool:
+    """Whether the transformer's layer of that name sees nothing but the timestep."""
+    return ".img_mod." in path or ".txt_mod." in path or path == "norm_out.linear"
+
+
 TEXT_ENCODER = Component(
     "text_encoder",
     kind="Qwen2_5_VLForConditionalGeneration",
@@ -90,10 +96,8 @@ TRANSFORMER = Component(
     "transformer",
     kind="QwenImageTransformer2DModel",
     empty=_empty_diffusers(QwenImageTransformer2DModel),
-    quantised=lambda path: (
-        path.startswith("transformer_blocks.")
-        and not path.startswith("transformer_blocks.0.img_mod.")
-    ),
+    quantised=lambda path: path.startswith("transformer_blocks.") and not is_modulation(path),
+    on_host=lambda path: is_modulation(path),
 )
 VAE = Component("vae", kind="AutoencoderKLQwenImage", empty=_empty_diffusers(PictureVae))
 ALL = (TEXT_ENCODER, TRANSFORMER, VAE)

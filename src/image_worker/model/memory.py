@@ -16,6 +16,8 @@ from image_worker.errors import OutOfMemory
 # torch's own error, and cuBLAS' and the driver's, which have no type of their own.
 _NO_MEMORY = re.compile(r"out of memory|ALLOC_FAILED", re.IGNORECASE)
 
+_ROOM_BESIDE = 4 * 2**30  # bytes: what encoding takes at the usual sizes, and as much again
+
 
 @contextmanager
 def memory_errors(what: str) -> Iterator[None]:
@@ -38,6 +40,13 @@ def memory_errors(what: str) -> Iterator[None]:
     )
 
 
+def side_stream() -> torch.cuda.Stream | None:
+    """A stream for work beside the main one; None where the card has no room for that."""
+    if not torch.cuda.is_available() or free_memory() < _ROOM_BESIDE:
+        return None
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
 def wait_for_card() -> None:
     """Returns when all that was asked of the card is done."""
     if torch.cuda.is_available():
@@ -53,6 +62,15 @@ def card_is_lost() -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take on the card, past what it keeps; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    allowed = int(torch.cuda.get_per_process_memory_fraction() * total)  # `GPU_MAX_GIB`
+    return min(free, allowed - torch.cuda.memory_reserved())
 
 
 def card_memory() -> tuple[int, int]:

@@ -28,6 +28,9 @@ VAE_BYTES = 14
 TILE_SIDE = 512  # pixels; a tile's working memory is that of a picture of this size
 RESERVE = GIB // 2  # the CUDA libraries' own memory and the allocator's gaps
 
+# CPUs, in torch's words, on which a product in bf16 takes 7 times as long as in float32.
+_SLOW_IN_BF16 = ("DEFAULT", "NO AVX", "AVX2")
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -36,6 +39,7 @@ class Hardware:
     name: str
     free: int | None = None
     has_bf16: bool = True
+    has_fp8: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -46,7 +50,9 @@ class Hardware:
 def detect_hardware(settings: Settings) -> Hardware:
     """Looks at the card, and makes `GPU_MAX_GIB` a limit that the process cannot exceed."""
     if not torch.cuda.is_available():
-        return Hardware(name="CPU")
+        return Hardware(
+            name="CPU", has_bf16=torch.backends.cpu.get_cpu_capability() not in _SLOW_IN_BF16
+        )
     free, total = torch.cuda.mem_get_info()
     if settings.gpu_max_gib is not None:
         limit = int(settings.gpu_max_gib * GIB)
@@ -56,6 +62,7 @@ def detect_hardware(settings: Settings) -> Hardware:
         name=torch.cuda.get_device_name(),
         free=free,
         has_bf16=torch.cuda.get_device_capability() >= (8, 0),
+        has_fp8=torch.cuda.get_device_capability() >= (8, 9),
     )
 
 
@@ -89,7 +96,8 @@ class Plan:
     """What was decided, and what it is forecast to take.
 
     max_tokens: tokens in one forward of the transformer; max_pixels: the largest picture that the
-    VAE decodes without tiles (both None: no limit); peak: forecast bytes for the usual job.
+    VAE decodes without tiles (both None: no limit); peak: forecast bytes for the usual job;
+    token_bytes: forecast working memory of a forward, per token. None: memory is not planned.
     """
 
     precision: Precision
@@ -97,12 +105,17 @@ class Plan:
     max_tokens: int | None
     max_pixels: int | None
     peak: int | None
+    token_bytes: int | None = None
 
     def describe(self) -> str:
         """One line for the log."""
         place = "everything on the device" if self.offload == "none" else "one component at a time"
         peak = "" if self.peak is None else f", forecast peak {self.peak / GIB:.1f} GiB"
         return f"{self.precision}, {place}{peak}"
+
+    def tokens_within(self, free: int) -> int | None:
+        """Tokens of a forward that fits into so many bytes; None where memory is not planned."""
+        return None if self.token_bytes is None else max(0, free - RESERVE) // self.token_bytes
 
 
 def plan(
@@ -170,4 +183,5 @@ def _fit(
             while_decoding + decoded_at_once * per_pixel,
             sizes.text_encoder,
         ),
+        token_bytes=per_token,
     )

@@ -1,21 +1,36 @@
-"""The forward pass of the dual-stream transformer, for rows that differ in every shape.
+"""The dual-stream transformer: its forward, for rows that differ in every shape.
 
-It runs over the parameters of diffusers' `QwenImageTransformer2DModel` and computes what that
-computes; what it adds is a rotary embedding per row and a mask over image tokens as well as text,
-without which rows of different sizes cannot share a forward.
+It computes what diffusers' `QwenImageTransformer2DModel` computes, from the same weights. Rows are
+packed without padding: all tokens lie one after the other, prompts first ("stream order"), so norms
+and products never see which row is whose; for attention each row's tokens stand together ("joint
+order") and see each other only. Modulation comes from tables (`modulation.py`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from image_worker.kernels import reference
+from image_worker.kernels.reference import Activation
+from image_worker.model.linear import Modules, Nf4ByFp8, Pair, Plain, Scratch
+from image_worker.model.modulation import Modulation
 
 Shape = tuple[int, int, int]  # frames (1), height, width, in tokens
+_TEXT, _IMAGE = 0, 1
+_ATTENTIONS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @dataclass(frozen=True)
@@ -32,141 +47,210 @@ class Row:
     timestep: float
 
     @property
-    def target_tokens(self) -> int:
-        """How many of the image tokens are being denoised."""
-        return self.shapes[0][1] * self.shapes[0][2]
+    def outline(self) -> Outline:
+        """What of it decides how it is laid out."""
+        return self.shapes, len(self.text)
+
+
+Outline = tuple[tuple[Shape, ...], int]  # a row's pictures, and how many tokens its prompt has
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Rows padded to one length. B rows, S image tokens, T text tokens, D half the head size.
+class Layout:
+    """Where tokens stand, for rows of given outlines. N tokens in all.
 
-    image (B, S, C); text (B, T, W); timestep (B); ropes complex (B, S, D) and (B, T, D);
-    mask bool (B, 1, 1, T + S) or None when nothing is padding; is_reference bool (B, S, 1).
+    lengths: of each row in joint order; places (N): where in joint order the tokens stand, in
+    stream order; owner (N): which modulation each has: of its row's prompt, of its row's picture
+    (from `len(lengths)` on), or of a picture without noise (the last); rope (N, D / 2) complex64,
+    joint order; targets: which image tokens are being denoised, row after row, and of which row.
     """
 
-    image: Tensor
-    text: Tensor
-    timestep: Tensor
-    image_rope: Tensor
-    text_rope: Tensor
-    mask: Tensor | None
-    is_reference: Tensor
+    text_tokens: int
+    lengths: tuple[int, ...]
+    places: Tensor
+    owner: Tensor
+    rope: Tensor
+    targets: Tensor
+    target_rows: Tensor
+    target_counts: tuple[int, ...]
 
 
 @torch.inference_mode()
-def velocities(transformer: Any, rows: Sequence[Row]) -> list[Tensor]:
+def velocities(transformer: Transformer, rows: Sequence[Row]) -> list[Tensor]:
     """One forward for all rows: each row's velocity, (target tokens, channels), in the rows' type.
 
-    transformer: a `QwenImageTransformer2DModel`; rows: at least one, on its device, in its type.
+    rows: at least one, on the transformer's device, in its type.
     """
-    packed = _pack(transformer, rows)
-    output = forward(transformer, packed)
-    return [output[i, : row.target_tokens] for i, row in enumerate(rows)]
+    layout = transformer.layout(tuple(row.outline for row in rows))
+    text = torch.cat([row.text for row in rows])
+    image = torch.cat([row.image for row in rows])
+    with sdpa_kernel(_ATTENTIONS, set_priority=True):
+        output = transformer(text, image, [row.timestep for row in rows], layout)
+    return list(output.split(layout.target_counts))
 
 
-def _pack(transformer: Any, rows: Sequence[Row]) -> Packed:
-    device, dtype = rows[0].image.device, rows[0].image.dtype
-    ropes = [
-        transformer.pos_embed([list(row.shapes)], device=device, max_txt_seq_len=row.text.shape[0])
-        for row in rows
-    ]
-    text_lengths = [row.text.shape[0] for row in rows]
-    image_lengths = [row.image.shape[0] for row in rows]
-    even = len(set(text_lengths)) == 1 and len(set(image_lengths)) == 1
-    mask = None
-    if not even:
-        mask = torch.cat([_valid(text_lengths, device), _valid(image_lengths, device)], dim=1)
-        mask = mask[:, None, None, :]
-    positions = torch.arange(max(image_lengths), device=device)
-    targets = torch.tensor([row.target_tokens for row in rows], device=device)
-    return Packed(
-        image=_pad([row.image for row in rows]),
-        text=_pad([row.text for row in rows]),
-        # As the stock pipeline rounds it: to the model's type as 0..1000, then divided.
-        timestep=torch.tensor([1000 * r.timestep for r in rows], device=device).to(dtype) / 1000,
-        image_rope=_pad([image for image, _ in ropes]),
-        text_rope=_pad([text for _, text in ropes]),
-        mask=mask,
-        is_reference=(positions[None, :] >= targets[:, None])[..., None],
-    )
+class Transformer(nn.Module):
+    """The module that serves, made from one of diffusers' that holds a checkpoint's weights."""
+
+    def __init__(self, source: Any, device: torch.device, dtype: torch.dtype, *, fp8: bool) -> None:
+        """Takes `source` apart. fp8: multiply in FP8, where weights are in 4 or 8 bit."""
+        super().__init__()
+        self.config = source.config
+        self.zero_cond_t: bool = source.zero_cond_t
+        self.width: int = source.inner_dim
+        self.device = device
+        self.rope = source.pos_embed
+        self.img_in, self.txt_in, self.txt_norm = source.img_in, source.txt_in, source.txt_norm
+        self.proj_out = source.proj_out
+        self.modulation = Modulation(source, device, dtype)
+        self.layout = functools.lru_cache(maxsize=32)(self._layout)
+        self._ops = _operations(device)
+        scratch = Scratch(device)
+        self.blocks = nn.ModuleList()
+        for number, block in enumerate(source.transformer_blocks):
+            self.blocks.append(Block(block, self._ops, scratch, fp8=fp8))
+            source.transformer_blocks[number] = nn.Identity()  # its weights are copied: let it go
+
+    def prepare(self, timesteps: Sequence[float]) -> None:
+        """Has the modulation of a whole schedule made at once, where it is new."""
+        self.modulation.prepare([*timesteps, 0.0] if self.zero_cond_t else timesteps)
+
+    def forward(
+        self, text: Tensor, image: Tensor, timesteps: Sequence[float], layout: Layout
+    ) -> Tensor:
+        """Velocities of all targets, (tokens, channels).
+
+        text (T, width), image (S, channels): of all rows; timesteps: one for each row.
+        """
+        ops, owner = self._ops, layout.owner
+        mods = self.modulation.of_blocks(self._streams(timesteps)).unbind(1)
+        x = torch.cat([self.txt_in(self.txt_norm(text)), self.img_in(image)])
+        y, gate = None, None  # what is still to be added to x
+        block: Any
+        for block, mod in zip(self.blocks, mods, strict=True):
+            shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(1)
+            x, y = ops.add_and_modulate(x, y, gate, shift1, scale1, owner, fp8=block.fp8)
+            y = block.attend(y, layout)
+            x, y = ops.add_and_modulate(x, y, gate1, shift2, scale2, owner, fp8=block.fp8)
+            y, gate = block.mlp(y, layout.text_tokens), gate2
+        x = ops.add(x, y, gate, owner)
+        scale, shift = self.modulation.of_output(timesteps).unbind(1)
+        targets = x[layout.text_tokens :][layout.targets]
+        return self.proj_out(  # type: ignore[no-any-return]
+            ops.modulate(targets, shift, scale, layout.target_rows, fp8=False)
+        )
+
+    def _streams(self, timesteps: Sequence[float]) -> list[tuple[float, int]]:
+        """Whose modulation `Layout.owner` counts."""
+        found = [(level, stream) for stream in (_TEXT, _IMAGE) for level in timesteps]
+        # 2511's zero_cond_t: reference tokens are modulated as if their timestep were 0, since
+        # they are clean pictures. Prompts and output use the row's own timestep.
+        return [*found, (0.0, _IMAGE)] if self.zero_cond_t else found
+
+    def _layout(self, outlines: tuple[Outline, ...]) -> Layout:
+        texts = [text for _, text in outlines]
+        counts = [[height * width for _, height, width in shapes] for shapes, _ in outlines]
+        images = [sum(pictures) for pictures in counts]
+        lengths = [text + image for text, image in zip(texts, images, strict=True)]
+        starts = [sum(lengths[:row]) for row in range(len(lengths))]
+        rows, ropes = len(outlines), []
+        places: list[Tensor] = [torch.arange(a, a + n) for a, n in zip(starts, texts, strict=True)]
+        owner: list[Tensor] = [torch.full((n,), row) for row, n in enumerate(texts)]
+        targets, target_rows, seen = [], [], 0
+        for row, (shapes, text) in enumerate(outlines):
+            places.append(torch.arange(starts[row] + text, starts[row] + lengths[row]))
+            clean = 2 * rows if self.zero_cond_t else rows + row
+            target, rest = counts[row][0], images[row] - counts[row][0]
+            owner += [torch.full((target,), rows + row), torch.full((rest,), clean)]
+            targets.append(torch.arange(seen, seen + target))
+            target_rows.append(torch.full((target,), row))
+            seen += images[row]
+            image_rope, text_rope = self.rope([list(shapes)], device=None, max_txt_seq_len=text)
+            ropes += [text_rope, image_rope]
+        return Layout(
+            text_tokens=sum(texts),
+            lengths=tuple(lengths),
+            places=self._index(places),
+            owner=self._index(owner),
+            rope=torch.cat(ropes).to(self.device),
+            targets=self._index(targets),
+            target_rows=self._index(target_rows),
+            target_counts=tuple(pictures[0] for pictures in counts),
+        )
+
+    def _index(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts)).to(self.device)
 
 
-def _valid(lengths: list[int], device: torch.device) -> Tensor:
-    return (
-        torch.arange(max(lengths), device=device)[None]
-        < torch.tensor(lengths, device=device)[:, None]
-    )
+class Block(nn.Module):
+    """One of the transformer's blocks."""
+
+    def __init__(self, source: Any, ops: Any, scratch: Scratch, *, fp8: bool) -> None:
+        super().__init__()
+        self._ops, attn = ops, source.attn
+
+        def pair(text: Sequence[Any], image: Sequence[Any]) -> Pair:
+            products = [_product(layers, scratch, fp8=fp8) for layers in (text, image)]
+            return Pair(products[0], products[1], sum(layer.out_features for layer in image))
+
+        self.qkv = pair(
+            (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.to_q, attn.to_k, attn.to_v)
+        )
+        self.fp8 = self.qkv.takes_fp8
+        self.out = pair((attn.to_add_out,), (attn.to_out[0],))
+        self.up = pair((source.txt_mlp.net[0].proj,), (source.img_mlp.net[0].proj,))
+        self.down = pair((source.txt_mlp.net[2],), (source.img_mlp.net[2],))
+        norms = (attn.norm_added_q, attn.norm_added_k, attn.norm_q, attn.norm_k)
+        weights = [norm.weight.detach() for norm in norms]
+        self.norms = nn.Buffer(torch.stack(weights).view(2, 2, -1))
+
+    def attend(self, y: Activation, layout: Layout) -> Tensor:
+        """Joint attention, each row for itself: (N, width) in and out, stream order."""
+        qkv = self.qkv(y, layout.text_tokens)
+        q, k, v = self._ops.to_joint_heads(
+            qkv, self.norms, layout.rope, layout.places, layout.text_tokens
+        )
+        mixed = attention(q, k, v, layout.lengths)
+        mixed = self._ops.to_stream(mixed, layout.places, fp8=self.fp8)
+        found: Tensor = self.out(mixed, layout.text_tokens)
+        return found
+
+    def mlp(self, y: Activation, text_tokens: int) -> Tensor:
+        """(N, width) in and out."""
+        y = self._ops.gelu(self.up(y, text_tokens), fp8=self.fp8)
+        found: Tensor = self.down(y, text_tokens)
+        return found
 
 
-def _pad(tensors: list[Tensor]) -> Tensor:
-    """Stacks (tokens, …) tensors, with zeros after the shorter ones."""
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Softmax attention within each row: (N, heads, D) each to (N, heads · D), joint order."""
+    if len(set(lengths)) == 1:  # as a batch, in one call
+        rows = [tensor.view(len(lengths), lengths[0], *tensor.shape[1:]) for tensor in (q, k, v)]
+        return _attend(*rows).reshape(len(q), -1)
+    parts = zip(*(torch.split(part, list(lengths)) for part in (q, k, v)), strict=True)
+    return torch.cat([_attend(*(part[None] for part in row)).flatten(2)[0] for row in parts])
 
 
-def forward(model: Any, rows: Packed) -> Tensor:
-    image = model.img_in(rows.image)
-    text = model.txt_in(model.txt_norm(rows.text))
-    temb = model.time_text_embed(rows.timestep, image)
-    # 2511's zero_cond_t: reference tokens are modulated as if their timestep were 0, since they
-    # are clean pictures. Text and output use the row's own timestep.
-    clean = model.time_text_embed(rows.timestep * 0, image) if model.zero_cond_t else None
-    for block in model.transformer_blocks:
-        text, image = _block(block, text, image, temb, clean, rows)
-    return model.proj_out(model.norm_out(image, temb))  # type: ignore[no-any-return]
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, L, heads, D) in and out. In this layout, seen through a transpose, cuDNN is fastest."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def _block(
-    block: Any, text: Tensor, image: Tensor, temb: Tensor, clean: Tensor | None, rows: Packed
-) -> tuple[Tensor, Tensor]:
-    image_mod = block.img_mod(temb)[:, None]
-    if clean is not None:
-        image_mod = torch.where(rows.is_reference, block.img_mod(clean)[:, None], image_mod)
-    shift1, scale1, gate1, shift2, scale2, gate2 = image_mod.chunk(6, dim=-1)
-    text_mod = block.txt_mod(temb)[:, None]
-    text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text_mod.chunk(
-        6, dim=-1
-    )
+def _operations(device: torch.device) -> Any:
+    """The module whose operations run on this device."""
+    if device.type != "cuda":
+        return reference
+    from image_worker.kernels import fused
 
-    image_part, text_part = _attention(
-        block.attn,
-        block.img_norm1(image) * (1 + scale1) + shift1,
-        block.txt_norm1(text) * (1 + text_scale1) + text_shift1,
-        rows,
-    )
-    image = image + gate1 * image_part
-    text = text + text_gate1 * text_part
-
-    image = image + gate2 * block.img_mlp(block.img_norm2(image) * (1 + scale2) + shift2)
-    text = text + text_gate2 * block.txt_mlp(
-        block.txt_norm2(text) * (1 + text_scale2) + text_shift2
-    )
-    if image.dtype == torch.float16:  # the residual streams of this model overflow half precision
-        image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
-    return text, image
+    return fused
 
 
-def _attention(attn: Any, image: Tensor, text: Tensor, rows: Packed) -> tuple[Tensor, Tensor]:
-    """Joint attention over [text, image]: (B, S, width) and (B, T, width) in and out."""
-
-    def heads(x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], attn.heads, -1)
-
-    image_q = _rotate(attn.norm_q(heads(attn.to_q(image))), rows.image_rope)
-    image_k = _rotate(attn.norm_k(heads(attn.to_k(image))), rows.image_rope)
-    text_q = _rotate(attn.norm_added_q(heads(attn.add_q_proj(text))), rows.text_rope)
-    text_k = _rotate(attn.norm_added_k(heads(attn.add_k_proj(text))), rows.text_rope)
-    q = torch.cat([text_q, image_q], dim=1).transpose(1, 2)
-    k = torch.cat([text_k, image_k], dim=1).transpose(1, 2)
-    v = torch.cat([heads(attn.add_v_proj(text)), heads(attn.to_v(image))], dim=1).transpose(1, 2)
-
-    mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask)
-    mixed = mixed.transpose(1, 2).flatten(2)
-    text_out, image_out = mixed[:, : text.shape[1]], mixed[:, text.shape[1] :]
-    return attn.to_out[0](image_out.contiguous()), attn.to_add_out(text_out.contiguous())
-
-
-def _rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates adjacent pairs, in float32. x (B, S, heads, 2D), rope complex (B, S, D)."""
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rope[:, :, None]).flatten(3).type_as(x)
+def _product(layers: Sequence[Any], scratch: Scratch, *, fp8: bool) -> nn.Module:
+    """How these layers multiply: in FP8 if asked, otherwise as they are."""
+    four_bit = hasattr(layers[0].weight, "quant_state")
+    if four_bit and fp8:
+        return Nf4ByFp8(layers, scratch)
+    if all(type(layer) is nn.Linear for layer in layers):
+        return Plain(layers)
+    return Modules(layers)

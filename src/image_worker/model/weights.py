@@ -30,12 +30,14 @@ class Storage:
     """How a component's weights are kept.
 
     `stores(name)` says whether the linear layer of that name is kept in `format`; all else is kept
-    in `dtype`.
+    in `dtype`. `on_host(name)`: whether that layer stays off the card, mapped from its file where
+    nothing is merged into it.
     """
 
     dtype: torch.dtype
     format: Format | None
     stores: Callable[[str], bool]
+    on_host: Callable[[str], bool] = lambda name: False  # noqa: ARG005
 
 
 def load(
@@ -90,8 +92,10 @@ def _place(
         raise ModelMismatch(
             f"{name} is {tuple(tensor.shape)} in the checkpoint, {tuple(expected)} in the model"
         )
+    if storage.on_host(path):
+        device = torch.device("cpu")
     tensor = tensor.to(device=device, dtype=storage.dtype)
-    if loras and leaf == "weight":
+    if leaf == "weight" and any(path in lora.pairs for lora in loras):
         wide = tensor.float()  # so that several are summed before they are rounded
         for lora in loras:
             wide = lora.merge(path, wide)
@@ -108,7 +112,7 @@ def _place(
 
 
 def stored_bytes(files: list[Path], storage: Storage, rename: Rename = lambda name: name) -> int:
-    """What `load` will keep, in bytes, from the files' headers alone.
+    """What `load` will keep on the device, in bytes, from the files' headers alone.
 
     Raises:
         ModelMismatch: a file is cut off or no safetensors file.
@@ -120,6 +124,8 @@ def stored_bytes(files: list[Path], storage: Storage, rename: Rename = lambda na
             if target is None:
                 continue
             path, _, leaf = target.rpartition(".")
+            if storage.on_host(path):
+                continue
             if storage.format and leaf == "weight" and len(shape) == 2 and storage.stores(path):
                 total += storage.format.size(*shape)
             else:

@@ -21,7 +21,7 @@ GENERATIONS = "/v1/images/generations"
 ROUTES = (EDITS, GENERATIONS)
 
 # Fields that both sides call the same; the last four are this worker's own.
-_SAME = (
+SAME = (
     "prompt",
     "output_format",
     "seed",
@@ -54,7 +54,7 @@ def to_input(route: object, fields: object, entry: ModelEntry) -> dict[str, Any]
     given = {name: value for name, value in fields.items() if value is not None}
     if route not in ROUTES:
         raise InvalidRequest(f"there is no route {str(route)[:100]}; try {' or '.join(ROUTES)}")
-    made = {name: given.pop(name) for name in _SAME if name in given}
+    made = {name: given.pop(name) for name in SAME if name in given}
     _check_model(given.pop("model", None), entry)
     if route == EDITS:
         pictures = given.pop("image", [])

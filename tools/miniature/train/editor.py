@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from image_worker.model import components
-from image_worker.model import transformer as served
 from tools.miniature import architecture, forward
+from tools.miniature.train import transformer as dual_stream
 from tools.miniature.train.data import Pairs
 from tools.miniature.train.graph import Graph
 from tools.miniature.train.optimiser import Optimiser
@@ -126,16 +126,15 @@ def velocity(editor: Editor, batch: Pairs, text: Tensor, latents: Tensor, time: 
     valid = torch.arange(text.shape[1], device=device) < batch.lengths[:, None]
     everywhere = torch.ones(len(text), image.shape[1], dtype=torch.bool, device=device)
     ropes = editor.ropes[batch.layout.pictures]
-    rows = served.Packed(
+    rows = dual_stream.Packed(
         image=image,
         text=text,
         timestep=(1000 * time).bfloat16() / 1000,  # rounded as when served
         image_rope=ropes[0],
         text_rope=ropes[1],
         mask=torch.cat([valid, everywhere], dim=1)[:, None, None, :],
-        is_reference=everywhere,
     )
-    return served.forward(editor.transformer, rows)[:, :tokens]
+    return dual_stream.velocities(editor.transformer, rows)[:, :tokens]
 
 
 @contextmanager
@@ -145,12 +144,16 @@ def compiled() -> Iterator[None]:
     Blocks are compiled one by one (they share the result), and turn by real numbers, since the
     compiler leaves complex ones alone.
     """
-    ours, originals = globals(), (served._block, served._rotate, _encode)
-    served._block, served._rotate, ours["_encode"] = _COMPILED_BLOCK, _rotate, _COMPILED_ENCODE
+    ours, originals = globals(), (dual_stream._block, dual_stream._rotate, _encode)
+    dual_stream._block, dual_stream._rotate, ours["_encode"] = (
+        _COMPILED_BLOCK,
+        _rotate,
+        _COMPILED_ENCODE,
+    )
     try:
         yield
     finally:
-        served._block, served._rotate, ours["_encode"] = originals
+        dual_stream._block, dual_stream._rotate, ours["_encode"] = originals
 
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -160,7 +163,7 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     return turned.flatten(3).type_as(x)
 
 
-_COMPILED_BLOCK = torch.compile(served._block, dynamic=False)
+_COMPILED_BLOCK = torch.compile(dual_stream._block, dynamic=False)
 _COMPILED_ENCODE = torch.compile(_encode, dynamic=False)
 
 

@@ -74,11 +74,8 @@ class Student:
         ]
         self._merged = {name: transformer.get_submodule(name).weight for name in names}
         self._weights = {name: weight.float() for name, weight in self._merged.items()}
-        quantised = quantised_weights(TRANSFORMER, transformer)
-        of_lora = set(map(id, self._merged.values()))
-        self._others = [weight for weight in quantised if id(weight) not in of_lora]
-        self._plain = [weight.detach().clone() for weight in self._others]
-        self._rounding = Rounding(quantised)
+        # What is quantised when served is what the LoRA changes.
+        self._rounding = Rounding(quantised_weights(TRANSFORMER, transformer))
         self._downs, self._ups = {}, {}
         for name, weight in self._merged.items():
             weight.requires_grad_(True)
@@ -109,7 +106,6 @@ class Student:
         for name, merged in self._merged.items():
             parts = self._weights[name], self._ups[name], self._downs[name]
             merged.copy_(torch.addmm(*parts, alpha=_SCALE))
-        torch._foreach_copy_(self._others, self._plain)
 
     def tensors(self) -> dict[str, Tensor]:
         """The LoRA in the format of Lightning's published files, bf16."""

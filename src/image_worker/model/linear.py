@@ -1,0 +1,155 @@
+"""Products of activations and weights: how a layer multiplies, whatever format its weights have.
+
+A product writes into rows of a tensor that is given, so that prompts and pictures, which have
+weights of their own, end up side by side without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from image_worker.kernels.reference import FP8, FP8_MAX, Activation, Quantised
+
+
+class Plain(nn.Module):
+    """Layers in a 16-bit or wider type, as one: their outputs side by side."""
+
+    takes_fp8 = False
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = _buffer([layer.weight for layer in layers])
+        self.bias = _buffer([layer.bias for layer in layers])
+
+    def forward(self, x: Tensor, into: Tensor) -> None:
+        """Into (N, out) from x (N, in)."""
+        torch.addmm(self.bias, x, self.weight.t(), out=into)
+
+
+class Modules(nn.Module):
+    """Layers that multiply in a way of their own, as bitsandbytes' do."""
+
+    takes_fp8 = False
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, into: Tensor) -> None:
+        """Into (N, out) from x (N, in)."""
+        torch.cat([layer(x) for layer in self.layers], dim=1, out=into)
+
+
+class Nf4ByFp8(nn.Module):
+    """NF4 weights (rows, columns), decoded to FP8 for each product with activations in FP8.
+
+    Of one layer, or of several of one shape, one below the other. codes (rows, columns / 2) uint8,
+    the earlier value in the higher half; scales (rows, columns / 64) uint8, which are numbers of
+    `levels` (256); scales_of_scales (layers, a layer's scales / 256, rounded up) and offsets
+    (layers), float32: a block's scale is its level times its scale of scales, plus the offset.
+    row_scales (rows, 1) float32: what to multiply each decoded row by.
+    """
+
+    takes_fp8 = True
+
+    def __init__(self, layers: Sequence[Any], scratch: Scratch) -> None:
+        """layers: bitsandbytes' `Linear4bit`, of one shape."""
+        super().__init__()
+        states = [layer.weight.quant_state for layer in layers]
+        rows, columns = states[0].shape
+        self.codes = _buffer([layer.weight.view(rows, columns // 2) for layer in layers])
+        self.scales = _buffer([state.absmax.view(rows, -1) for state in states])
+        self.levels = nn.Buffer(states[0].state2.code.float())
+        self.scales_of_scales = nn.Buffer(torch.stack([state.state2.absmax for state in states]))
+        self.offsets = nn.Buffer(torch.stack([state.offset.float() for state in states]))
+        self.grid = nn.Buffer(states[0].code.float())
+        self.row_scales = _buffer([_largest(state) / FP8_MAX for state in states])
+        self.bias = _buffer([layer.bias for layer in layers])
+        self._scratch = scratch
+        scratch.reserve(self.codes.numel() * 2)
+
+    def forward(self, x: Quantised, into: Tensor) -> None:
+        """Into (N, out) from x (N, in)."""
+        from image_worker.kernels.nf4 import decode
+
+        multiply_fp8(x, decode(self, self._scratch.memory), self.row_scales, self.bias, into)
+
+
+class Fp8(nn.Module):
+    """Weights in FP8 with a scale for each row."""
+
+    takes_fp8 = True
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        """layers: in a 16-bit type; they are quantised here."""
+        super().__init__()
+        wide = torch.cat([layer.weight for layer in layers]).float()
+        self.row_scales = nn.Buffer(wide.abs().amax(dim=1, keepdim=True) / FP8_MAX)
+        self.weight = nn.Buffer((wide / self.row_scales).to(FP8))
+        self.bias = _buffer([layer.bias for layer in layers])
+
+    def forward(self, x: Quantised, into: Tensor) -> None:
+        """Into (N, out) from x (N, in)."""
+        multiply_fp8(x, self.weight, self.row_scales, self.bias, into)
+
+
+class Scratch:
+    """Memory for one decoded weight, shared by all layers: they run one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def reserve(self, size: int) -> None:
+        """Makes room for `size` bytes."""
+        if size > len(self.memory):
+            self.memory = torch.empty(size, dtype=torch.uint8, device=self.memory.device)
+
+
+class Pair(nn.Module):
+    """The same product in both streams, each with weights of its own."""
+
+    def __init__(self, text: nn.Module, image: nn.Module, width: int) -> None:
+        super().__init__()
+        self.text, self.image = text, image
+        self.takes_fp8 = bool(image.takes_fp8)
+        self._width = width
+
+    def forward(self, x: Activation, text_tokens: int) -> Tensor:
+        """(N, out) from x (N, in), of which the first are prompts' tokens."""
+        values = x.values if isinstance(x, Quantised) else x
+        dtype = torch.bfloat16 if isinstance(x, Quantised) else values.dtype
+        into = torch.empty(len(values), self._width, dtype=dtype, device=values.device)
+        self.text(x[:text_tokens], into[:text_tokens])
+        self.image(x[text_tokens:], into[text_tokens:])
+        return into
+
+
+def multiply_fp8(x: Quantised, weight: Tensor, scales: Tensor, bias: Tensor, into: Tensor) -> None:
+    """into (N, out) bfloat16 = x · weightᵀ + bias; a scale for each token and row of weights."""
+    torch._scaled_mm(
+        x.values,
+        weight.t(),
+        scale_a=x.scales,
+        scale_b=scales.t(),
+        bias=bias,
+        out_dtype=into.dtype,
+        use_fast_accum=True,
+        out=into,
+    )
+
+
+def _largest(state: Any) -> Tensor:
+    """The largest absolute value of each row, (rows, 1) float32: NF4's grid ends at -1 and 1."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    scales: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return scales.view(state.shape[0], -1).amax(dim=1, keepdim=True).float()
+
+
+def _buffer(tensors: Sequence[Tensor]) -> nn.Buffer:
+    whole = tensors[0].detach() if len(tensors) == 1 else torch.cat([t.detach() for t in tensors])
+    return nn.Buffer(whole)

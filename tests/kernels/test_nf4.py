@@ -1,0 +1,43 @@
+"""NF4 weights decoded to FP8 are bitsandbytes' values, rounded to FP8."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import nn
+
+from image_worker.kernels import nf4
+from image_worker.kernels.reference import FP8
+from image_worker.model.formats.nf4 import encode
+from image_worker.model.linear import Nf4ByFp8, Scratch
+from tests.kernels.test_fused import with_carries
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("shape", [(96, 192), (64, 1024), (40, 64)])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_decoding(layers: int, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    modules = []
+    for number in range(layers):
+        weight = (number + 1) * torch.randn(shape, generator=generator).bfloat16()
+        module = encode(weight.to(DEVICE), True, torch.bfloat16)
+        module.bias = nn.Parameter(torch.zeros(shape[0], dtype=torch.bfloat16, device=DEVICE))
+        modules.append(module)
+    scratch = Scratch(DEVICE)
+    product = Nf4ByFp8(modules, scratch)
+    found = nf4.decode(product, scratch.memory)
+    states = [copy.copy(module.weight.quant_state) for module in modules]
+    for state in states:
+        state.dtype = torch.float32
+    values = [
+        dequantize_4bit(module.weight.data, state)
+        for module, state in zip(modules, states, strict=True)
+    ]
+    expected = (torch.cat(values) / product.row_scales).to(FP8)
+    assert (with_carries(found, expected) == expected.float()).float().mean() > 0.999
+    assert with_carries(found, expected).abs().amax(dim=1).eq(448).all()

@@ -1,0 +1,34 @@
+"""The standalone server for tests, over real HTTP."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from image_worker.serve.http import create_app
+from image_worker.settings import Settings
+from image_worker.worker import Worker
+
+
+@contextmanager
+def serving(worker: Worker, **variables: str) -> Iterator[str]:
+    """The server in a thread; its URL."""
+    settings = Settings.from_env({"STANDALONE_MODE": "1", **variables})
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(create_app(worker, settings), log_level="warning")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
