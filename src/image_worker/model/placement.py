@@ -22,7 +22,7 @@ GIB = 2**30
 # Measured at full size on one card by `python -m image_worker.bench.full_size`: peak working
 # memory above the weights, per image or text token and unit of model width, and per pixel and unit
 # of the VAE's base width (decoding; encoding takes 12).
-DENOISE_BYTES = {"bf16": 24, "8bit": 41, "4bit": 24}
+DENOISE_BYTES = {"bf16": 21, "8bit": 45, "4bit": 24}
 ZERO_COND_BYTES = 12  # more while denoising with `zero_cond_t`: modulation per token, not per row
 VAE_BYTES = 14
 TILE_SIDE = 512  # pixels; a tile's working memory is that of a picture of this size
