@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests tools handler.py
 
-.PHONY: run test check format test-gpu bench bench-quality bench-load bench-throughput miniature image clean
+.PHONY: run test check format test-gpu bench bench-quality bench-load bench-loop-lag bench-throughput miniature image clean
 
 run: $(VENV)/run.stamp  ## set up, and edit one picture (on the miniature where there is no GPU)
 	$(BIN)/python handler.py --test_input "$$(cat test_input.json)"
@@ -35,6 +35,9 @@ bench-quality: $(VENV)/dev.stamp  ## which held-out edits the miniature passes, 
 
 bench-load: $(VENV)/dev.stamp  ## 500 mixed jobs through a whole worker, behind a stand-in queue
 	$(BIN)/python -m image_worker.bench.load --jobs 500
+
+bench-loop-lag: $(VENV)/dev.stamp  ## how long large requests hold the standalone server's event loop
+	$(BIN)/python -m image_worker.bench.loop_lag
 
 bench-throughput: $(VENV)/dev.stamp  ## jobs per second and latency by BATCH_SIZE, on a CUDA card
 	$(BIN)/python -m image_worker.bench.throughput bench-checkpoint
