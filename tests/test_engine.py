@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from image_worker import engine as engine_module
-from image_worker.edit import conditions
+from image_worker.edit import conditions, fitting
 from image_worker.edit import denoise as denoise_module
 from image_worker.engine import Engine
 from image_worker.errors import BrokenPicture, CardLost, OutOfMemory
@@ -271,7 +271,7 @@ def with_room_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> Stage:
 
     stage = Stage(monkeypatch, token_bytes=1000)
     monkeypatch.setattr(denoise_module, "velocities", velocities)
-    monkeypatch.setattr(engine_module, "free_memory", lambda: RESERVE + 1000 * tokens)
+    monkeypatch.setattr(fitting, "free_memory", lambda: RESERVE + 1000 * tokens)
     stage.run_on()
     return stage
 
@@ -313,7 +313,7 @@ def test_where_no_size_fits_that_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_forecast_that_was_wrong_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = with_room_for(10, monkeypatch)
-    monkeypatch.setattr(engine_module, "free_memory", lambda: RESERVE + 1000 * tokens_of(order()))
+    monkeypatch.setattr(fitting, "free_memory", lambda: RESERVE + 1000 * tokens_of(order()))
     with pytest.raises(OutOfMemory, match="use a smaller size"):
         stage.engine.submit(order()).result(SECONDS)
     stage.engine.close()
