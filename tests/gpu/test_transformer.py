@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
-from image_worker.model.transformer import Row, velocities
+from image_worker.model.transformer import Row, Transformer, velocities
 
 pytestmark = pytest.mark.gpu
 
@@ -33,6 +34,17 @@ def transformer() -> Iterator[Any]:
     model.pos_embed = rope  # its tables are plain tensors, which to_empty leaves on meta
     yield model
     del model
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module")
+def ours(transformer: Any) -> Iterator[Transformer]:
+    """The same weights, served in bf16."""
+    made = Transformer(
+        copy.deepcopy(transformer), torch.device("cuda"), torch.bfloat16, fp8=False
+    ).eval()
+    yield made
+    del made
     torch.cuda.empty_cache()
 
 
@@ -63,13 +75,13 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def test_one_row_equals_stock(transformer: Any) -> None:
+def test_one_row_equals_stock(transformer: Any, ours: Transformer) -> None:
     row = _row(TARGET, 256, 0.75, seed=1)
-    assert _relative(velocities(transformer, [row])[0], _stock(transformer, row)) <= 1e-3
+    assert _relative(velocities(ours, [row])[0], _stock(transformer, row)) <= 2e-2
 
 
-def test_a_batch_of_different_rows_equals_each_alone(transformer: Any) -> None:
+def test_a_batch_of_different_rows_equals_each_alone(transformer: Any, ours: Transformer) -> None:
     rows = [_row(TARGET, 256, 0.75, seed=1), _row((1, 48, 80), 90, 0.3, seed=2)]
-    for row, found in zip(rows, velocities(transformer, rows), strict=True):
+    for row, found in zip(rows, velocities(ours, rows), strict=True):
         assert torch.isfinite(found).all()
         assert _relative(found, _stock(transformer, row)) <= 3e-2
