@@ -249,7 +249,7 @@ class Engine:
         except Exception:
             if card_is_lost():
                 raise
-            log.debug("a job could not be begun ahead", exc_info=True)
+            log.warning("a job could not be begun ahead; it will be in its turn", exc_info=True)
 
     def _what_fits(self, task: Task) -> str | None:
         order = task.order

@@ -13,7 +13,6 @@ import io
 import re
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -24,6 +23,7 @@ from PIL import Image, ImageCms, ImageOps
 from requests import Response
 
 from image_worker.errors import ImageUnavailable, InvalidImage, WorkerError
+from image_worker.job.budget import Budget
 from image_worker.job.network import request, within
 from image_worker.job.request import ImageSource
 
@@ -73,34 +73,6 @@ class Allowance:
             self._left -= size
             if self._left < 0:
                 raise InvalidImage(f"the pictures are over {MAX_JOB_BYTES // 2**20} MiB in all")
-
-
-class Budget:
-    """So much at a time, in the order of asking. What is larger than all of it goes alone."""
-
-    def __init__(self, size: int) -> None:
-        self._size = self._left = size
-        self._queue: deque[object] = deque()
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def take(self, amount: int) -> Iterator[None]:
-        """Waits until `amount` is there, and has it for as long as the context lasts."""
-        amount, turn = min(amount, self._size), object()
-        with self._changed:
-            self._queue.append(turn)
-            try:
-                self._changed.wait_for(lambda: self._queue[0] is turn and amount <= self._left)
-                self._left -= amount
-            finally:
-                self._queue.remove(turn)
-                self._changed.notify_all()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._left += amount
-                self._changed.notify_all()
 
 
 _PIXELS = Budget(MAX_PIXELS_AT_A_TIME)
