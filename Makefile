@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests tools handler.py
 
-.PHONY: run test check format test-gpu bench bench-quality bench-load bench-loop-lag bench-throughput miniature image clean
+.PHONY: run test check format test-gpu bench bench-forward bench-quality bench-load bench-loop-lag bench-throughput miniature image clean
 
 run: $(VENV)/run.stamp  ## set up, and edit one picture (on the miniature where there is no GPU)
 	$(BIN)/python handler.py --test_input "$$(cat test_input.json)"
@@ -29,6 +29,9 @@ test-gpu: $(VENV)/dev.stamp  ## the tests that need a CUDA card (full size: 80 G
 
 bench: $(VENV)/dev.stamp  ## cold start, memory and speed at full size, on a CUDA card
 	$(BIN)/python -m image_worker.bench.full_size bench-checkpoint
+
+bench-forward: $(VENV)/dev.stamp  ## one forward of the transformer, stock and ours, on a CUDA card of 80 GB
+	$(BIN)/python -m image_worker.bench.forward
 
 bench-quality: $(VENV)/dev.stamp  ## which held-out edits the miniature passes, per precision and sampler
 	$(BIN)/python -m tools.miniature.quality bench-quality

@@ -21,6 +21,7 @@ from PIL import Image, ImageCms
 
 from image_worker.errors import ImageUnavailable, InvalidImage, WorkerError
 from image_worker.job import images
+from image_worker.job.budget import Budget
 from image_worker.job.request import ImageSource
 from tests.conftest import make_picture
 from tests.job.internet import PUBLIC, Internet, serving
@@ -489,7 +490,7 @@ def eventually(true: Callable[[], bool]) -> None:
 class Users:
     """Threads that take of a budget until they are told to stop. holding: what, in its order."""
 
-    def __init__(self, budget: images.Budget) -> None:
+    def __init__(self, budget: Budget) -> None:
         self.holding: list[int] = []
         self._budget = budget
 
@@ -522,7 +523,7 @@ class Users:
 
 
 def test_a_budget_is_given_out_in_the_order_of_asking() -> None:
-    users = Users(images.Budget(10))
+    users = Users(Budget(10))
     first, second = users.ask(6), users.ask(4)
     users.hold(6, 4)
     large, small = users.ask(5), users.ask(1)
@@ -536,7 +537,7 @@ def test_a_budget_is_given_out_in_the_order_of_asking() -> None:
 
 
 def test_what_is_larger_than_the_budget_goes_alone() -> None:
-    users = Users(images.Budget(10))
+    users = Users(Budget(10))
     small, large = users.ask(1), users.ask(1000)
     time.sleep(0.1)
     assert users.holding == [1]
@@ -551,7 +552,7 @@ def test_what_is_larger_than_the_budget_goes_alone() -> None:
 
 
 def test_an_error_gives_back_what_was_taken() -> None:
-    budget = images.Budget(10)
+    budget = Budget(10)
     with pytest.raises(ValueError), budget.take(10):
         raise ValueError
     users = Users(budget)
@@ -561,7 +562,7 @@ def test_an_error_gives_back_what_was_taken() -> None:
 
 
 def test_who_gives_up_waiting_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    budget = images.Budget(10)
+    budget = Budget(10)
 
     def interrupted(_: object) -> bool:
         raise KeyboardInterrupt
@@ -594,7 +595,7 @@ def test_small_pictures_of_several_jobs_are_used_side_by_side() -> None:
 def test_pictures_of_all_jobs_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = source(16, 16), source(64, 64)
     budget = 3 * 16 * 16
-    monkeypatch.setattr(images, "_PIXELS", images.Budget(budget))
+    monkeypatch.setattr(images, "_PIXELS", Budget(budget))
     lock, held = threading.Lock(), [0]
 
     def use(image: Image.Image) -> int:
@@ -614,7 +615,7 @@ def test_pictures_of_all_jobs_share_one_budget(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_picture_that_fails_gives_its_room_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_PIXELS", images.Budget(40 * 30))
+    monkeypatch.setattr(images, "_PIXELS", Budget(40 * 30))
     cut_off = base64.b64encode(encoded(make_picture(40, 30))[:400]).decode()
     good = source(40, 30)
 
