@@ -104,7 +104,8 @@ def _compare(
             lambda row=row: velocities(ours, [row])[0],  # type: ignore[misc]
         )
         errors = [f"{relative(way(), exact[case]):.4f}" for way in ways]
-        times = [_median(taken) for taken in zip(*(map(_time, ways) for _ in range(ROUNDS)))]
+        rounds = [[_time(way) for way in ways] for _ in range(ROUNDS)]
+        times = [_median(taken) for taken in zip(*rounds, strict=True)]
         cells = (f"{case[0]}²", case[1], weights, *times, *errors)
         sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
         sys.stdout.flush()
@@ -119,12 +120,12 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def _time(way: Callable[[], Tensor]) -> float:
     """Milliseconds of the card, from an idle one."""
     torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     way()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end)
+    return float(begin.elapsed_time(end))
 
 
 def _median(times: tuple[float, ...]) -> str:
