@@ -114,7 +114,7 @@ def _compare(
 def relative(found: Tensor, expected: Tensor) -> float:
     """The length of the difference over that of what is expected."""
     found, expected = found.float(), expected.float()
-    return ((found - expected).norm() / expected.norm()).item()
+    return float((found - expected).norm() / expected.norm())
 
 
 def _time(way: Callable[[], Tensor]) -> float:
