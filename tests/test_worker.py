@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import logging
 import time
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from image_worker.edit import denoise as denoise_module
 from image_worker.errors import BrokenPicture, DoesNotFit
@@ -21,16 +19,12 @@ from image_worker.worker import Worker
 from tests.conftest import make_picture
 from tests.job.test_images import bomb, encoded
 from tests.pictures import psnr
-from tests.worker_jobs import as_base64, job
+from tests.worker_jobs import as_base64, job, picture
 
 
 @pytest.fixture(scope="module")
 def worker() -> Worker:
     return Worker.from_settings(Settings.from_env({"MODEL": "mini"}))
-
-
-def picture(reply: dict[str, Any], number: int = 0) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(reply["images"][number])))
 
 
 def test_a_reply_has_the_picture_and_how_it_was_made(worker: Worker) -> None:

@@ -28,3 +28,8 @@ def job(**options: Any) -> dict[str, Any]:
     }
     given = {name: value for name, value in given.items() if value is not None}
     return {"id": "test", "input": given}
+
+
+def picture(reply: dict[str, Any], number: int = 0) -> Image.Image:
+    """A picture of a reply."""
+    return Image.open(io.BytesIO(base64.b64decode(reply["images"][number])))

@@ -9,8 +9,7 @@ import pytest
 from image_worker.settings import Settings
 from image_worker.worker import Worker
 from tests.pictures import psnr
-from tests.test_worker import picture
-from tests.worker_jobs import job
+from tests.worker_jobs import job, picture
 
 pytestmark = pytest.mark.gpu
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from typing import Any
-
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +12,7 @@ from image_worker.model.offload import Placement
 from image_worker.settings import Precision, Settings
 from image_worker.worker import Worker
 from tests.pictures import psnr
-from tests.worker_jobs import job
+from tests.worker_jobs import job, picture
 
 pytestmark = pytest.mark.gpu
 
@@ -45,13 +41,13 @@ def test_a_layer_is_the_same_after_each_return(precision: Precision) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "4bit", "8bit"])
 def test_offload_does_not_change_the_picture(precision: str) -> None:
-    def edit(offload: str) -> Any:
+    def edit(offload: str) -> Image.Image:
         settings = Settings.from_env(
             {"MODEL": "mini", "PRECISION_MODE": precision, "CPU_OFFLOAD": offload}
         )
         worker = Worker.from_settings(settings)
         replies = [worker.run_blocking(job(seed=3)) for _ in range(2)]
         assert replies[0]["images"] == replies[1]["images"]
-        return Image.open(io.BytesIO(base64.b64decode(replies[0]["images"][0])))
+        return picture(replies[0])
 
     assert psnr(edit("model"), edit("none")) >= 60
