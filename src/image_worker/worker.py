@@ -136,8 +136,7 @@ class Worker:
         made = await asyncio.wrap_future(card)
         clock.add(made.seconds)
         facts = self._facts(request, order, made) | clock.facts() | self._once()
-        pictures = [Image.fromarray(pixels.numpy()) for pixels in made.pixels]
-        reply = await self._on(self._finishing, make_reply, pictures, request, facts, outlet)
+        reply = await self._on(self._finishing, _finish, made, request, facts, outlet)
         clock.passed("file")
         return reply | clock.facts()
 
@@ -240,6 +239,14 @@ def warm_up(model: Model) -> None:
     decode(model, picture)
     usual = sizes.fit_area(model.entry.area, 1.0)
     start(model, encoded, usual, seed=0, steps=model.steps, cfg_scale=1.0)
+
+
+def _finish(
+    made: Made, request: EditRequest, facts: Mapping[str, Any], outlet: Outlet
+) -> dict[str, Any]:
+    """All that comes after the card."""
+    pictures = [Image.fromarray(pixels.numpy()) for pixels in made.pixels]
+    return make_reply(pictures, request, facts, outlet)
 
 
 class _Clock:

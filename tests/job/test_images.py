@@ -26,6 +26,7 @@ from image_worker.job.request import ImageSource
 from tests.conftest import make_picture
 from tests.job.internet import PUBLIC, Internet, serving
 from tests.job.test_network import PRIVATE
+from tests.waiting import SECONDS, eventually
 from tests.worker_jobs import as_base64
 
 
@@ -475,16 +476,6 @@ def test_memory_that_runs_out_is_not_the_callers_fault(monkeypatch: Any) -> None
     monkeypatch.setattr(images, "_to_rgb", fail)
     with pytest.raises(MemoryError):
         images.decode(encoded(make_picture()))
-
-
-SECONDS = 20
-
-
-def eventually(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 class Users:

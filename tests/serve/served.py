@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +12,7 @@ import uvicorn
 from image_worker.serve.http import create_app
 from image_worker.settings import Settings
 from image_worker.worker import Worker
+from tests.waiting import eventually
 
 
 @contextmanager
@@ -25,8 +25,7 @@ def serving(worker: Worker, **variables: str) -> Iterator[str]:
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
-        while not server.started:
-            time.sleep(0.01)
+        eventually(lambda: server.started)
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:

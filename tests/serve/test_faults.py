@@ -192,11 +192,16 @@ def test_a_result_that_is_never_taken_is_said_to_be_lost_and_holds_nobody_up(stu
 
 
 def test_a_reply_that_is_no_json_is_an_error_and_not_a_lost_job(stub: Served) -> None:
-    for name in ("bytes", "nan", "surrogate"):
+    for name in ("bytes", "nan"):
         stub.queue.put(stubbed(name, answer=name))
         posted = stub.queue.answer(name)
         assert set(posted) == {"error"}
         assert json.loads(posted["error"])["type"] == "internal_error"
+
+
+def test_half_a_character_in_a_reply_does_no_harm(stub: Served) -> None:
+    stub.queue.put(stubbed("half", answer="surrogate"))
+    assert stub.queue.answer("half") == {"output": {"prompt": "\ud800"}}
 
 
 def test_a_broken_worker_answers_what_it_has_and_ends(stub: Served) -> None:

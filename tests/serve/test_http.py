@@ -30,10 +30,10 @@ from image_worker.settings import Settings
 from image_worker.worker import Worker
 from tests.conftest import MINI, make_picture, mini_model
 from tests.serve.served import serving
+from tests.waiting import SECONDS, eventually
 from tests.worker_jobs import as_base64, job
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 60
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +63,13 @@ def get(url: str, **options: Any) -> requests.Response:
 
 def ended(url: str, job_id: str) -> dict[str, Any]:
     """A job's view, once it is done."""
-    while True:
-        seen: dict[str, Any] = get(f"{url}/status/{job_id}").json()
-        if seen["status"] not in ("IN_QUEUE", "IN_PROGRESS"):
-            return seen
-        time.sleep(0.02)
+
+    def view() -> dict[str, Any]:
+        found: dict[str, Any] = get(f"{url}/status/{job_id}").json()
+        return found
+
+    eventually(lambda: view()["status"] not in ("IN_QUEUE", "IN_PROGRESS"))
+    return view()
 
 
 @pytest.fixture
@@ -155,11 +157,8 @@ def test_a_job_is_cancelled(url: str, held: threading.Event) -> None:
 def test_who_hangs_up_on_runsync_cancels(url: str, held: threading.Event, worker: Worker) -> None:
     with pytest.raises(requests.exceptions.ReadTimeout):
         requests.post(f"{url}/runsync", json=body(), timeout=0.5)
-    deadline = time.monotonic() + SECONDS
     held.set()
-    while get(f"{url}/health").json()["running"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    eventually(lambda: not get(f"{url}/health").json()["running"])
     assert 'status="cancelled"' in get(f"{url}/metrics").text
 
 
@@ -281,20 +280,19 @@ def test_metrics_count(url: str) -> None:
         assert line in found, line
 
 
+def counted(url: str) -> int:
+    """Jobs that are ready or on the card."""
+    found = get(f"{url}/health").json()
+    return int(found["waiting"] + found["running"])
+
+
 def test_jobs_that_come_together_share_the_card(url: str, held: threading.Event) -> None:
     with ThreadPoolExecutor(4) as pool:
         answers = [
             pool.submit(post, f"{url}/runsync", body(seed=seed, num_inference_steps=4))
             for seed in range(4)
         ]
-        while get(f"{url}/health").json() != {
-            "status": "ok",
-            "model": "mini",
-            "max_images": 4,
-            "waiting": 3,
-            "running": 1,
-        }:
-            time.sleep(0.02)
+        eventually(lambda: counted(url) == 4)
         held.set()
         outputs = [answer.result().json()["output"] for answer in answers]
     assert max(output["batch_size"] for output in outputs) > 1
@@ -370,19 +368,18 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_told_to_stop_it_finishes_its_jobs_and_takes_no_more() -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     process = start(port)
     try:
-        deadline = time.monotonic() + SECONDS
-        while True:
-            try:
-                assert get(f"{url}/ready").status_code == 200
-                break
-            except requests.exceptions.ConnectionError:
-                assert time.monotonic() < deadline and process.poll() is None
-                time.sleep(0.1)
+        eventually(lambda: answers(port) or process.poll() is not None)
+        assert get(f"{url}/ready").status_code == 200
         ids = [post(f"{url}/run", body(num_inference_steps=60)).json()["id"] for _ in range(6)]
         process.send_signal(signal.SIGTERM)
         while (answer := post(f"{url}/run", body())).status_code == 200:

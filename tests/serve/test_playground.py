@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import pytest
 import requests
@@ -253,6 +254,9 @@ def test_a_job_is_cancelled(open_page: Open) -> None:
     assert cancelled.value.json()["id"] == accepted.value.json()["id"]
     expect(page.locator("#status")).to_have_text("Cancelled")
     expect(page.get_by_role("button", name="Run")).to_be_focused()
+    job_id = accepted.value.json()["id"]
+    later = page.request.get(urljoin(page.url, f"status/{job_id}")).json()
+    assert later["status"] == "CANCELLED" and "output" not in later
 
 
 def test_a_key_is_asked_for_where_one_is_needed(open_page: Open, servers: tuple[str, str]) -> None:

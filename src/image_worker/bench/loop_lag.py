@@ -38,7 +38,7 @@ def main() -> None:
     import uvicorn
 
     from image_worker.serve.http import create_app
-    from image_worker.serve.main import freeze
+    from image_worker.serve.main import favour_event_loop
     from image_worker.settings import Settings
     from image_worker.worker import Worker
 
@@ -53,7 +53,7 @@ def main() -> None:
 
     settings = Settings.from_env({"MODEL": "mini", "STANDALONE_MODE": "1"})
     worker = Stuffed.from_settings(settings)
-    freeze()
+    favour_event_loop()
     config = uvicorn.Config(create_app(worker, settings), log_level="warning")
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(_measure(uvicorn.Server(config), options.times))

@@ -57,6 +57,11 @@ def _text_as_source(value: object) -> object:
     return ImageSource.either(value) if isinstance(value, str) else value
 
 
+ImageOrText = Annotated[
+    ImageSource, BeforeValidator(_text_as_source, json_schema_input_type=str | ImageSource)
+]
+
+
 class EditRequest(_Strict):
     """One job. Absent options take the model's defaults in `worker.py`."""
 
@@ -65,9 +70,7 @@ class EditRequest(_Strict):
     image: str | None = None
     image_url: str | None = None
     image_base64: str | None = None
-    images: list[Annotated[ImageSource, BeforeValidator(_text_as_source)]] | None = Field(
-        None, min_length=1, max_length=4
-    )
+    images: list[ImageOrText] | None = Field(None, min_length=1, max_length=4)
     true_cfg_scale: float | None = Field(None, ge=1, le=20)
     num_inference_steps: int | None = Field(None, ge=1, le=100)
     seed: int = Field(default_factory=lambda: secrets.randbelow(_RANDOM_SEEDS), ge=0, le=MAX_SEED)

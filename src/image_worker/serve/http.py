@@ -67,9 +67,6 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     for model in (*http_jobs.MODELS, *http_openai.MODELS):
         schema = model.model_json_schema(ref_template=template)
         schemas |= {**schema.pop("$defs", {}), model.__name__: schema}
-    # A picture may be a text, too, which pydantic cannot tell of its own.
-    pictures = schemas["EditRequest"]["properties"]["images"]["anyOf"][0]
-    pictures["items"] = {"anyOf": [{"type": "string"}, pictures["items"]]}
     # FastAPI's own answer to a wrong parameter, which `answer_errors` makes a 400.
     del schemas["HTTPValidationError"], schemas["ValidationError"]
     for path in document["paths"].values():

@@ -26,7 +26,7 @@ from runpod.serverless.modules.rp_job import get_job, run_job
 from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from image_worker.errors import InternalError
-from image_worker.serve import openai_api
+from image_worker.serve import large_json, openai_api
 from image_worker.serve.progress import Progress
 from image_worker.settings import Settings
 
@@ -252,7 +252,7 @@ class _Telling:
 
 
 def _encode(result: Mapping[str, Any]) -> bytes:
-    return json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
+    return "".join(large_json.parts(result)).encode()
 
 
 def _post(job: Mapping[str, Any], body: bytes) -> dict[str, Any]:
