@@ -56,7 +56,7 @@ def favour_event_loop() -> None:
     # then, would keep the loop waiting for a quarter of a second.
     gc.collect()
     gc.freeze()
-    # Beside threads that check and decode pictures, the loop waits so long for each of them in turn.
+    # Beside threads that check and decode pictures, the loop waits so long for each in turn.
     sys.setswitchinterval(0.001)
 
 
