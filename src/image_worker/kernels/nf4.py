@@ -72,13 +72,13 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         scales_of_scales + outer, mask=inside, other=0.0
     )
     scale += tl.load(offsets + layer, mask=row < rows, other=0.0)[:, None]
-    row_scale = tl.load(row_scales + row, mask=row < rows, other=1.0)[:, None, None]
+    scale /= tl.load(row_scales + row, mask=row < rows, other=1.0)[:, None]
 
     pair = tl.arange(0, 32)[None, None, :]
     at = row[:, None, None] * columns + block[None, :, None] * 64
     byte = tl.load(codes + at // 2 + pair, mask=inside[:, :, None], other=0).to(tl.int32)
-    first = tl.load(grid + (byte >> 4)) * scale[:, :, None] / row_scale
-    second = tl.load(grid + (byte & 15)) * scale[:, :, None] / row_scale
+    first = tl.load(grid + (byte >> 4)) * scale[:, :, None]
+    second = tl.load(grid + (byte & 15)) * scale[:, :, None]
     values = tl.reshape(tl.join(first, second), (ROWS, COLUMNS // 64, 64))
     column = tl.arange(0, 64)[None, None, :]
     tl.store(found + at + column, values.to(tl.float8e4nv), mask=inside[:, :, None])
