@@ -155,7 +155,7 @@ def _store_fp8(row, values, scales, token, width, columns, inside):  # type: ign
 
 @triton.jit
 def _fp8_factor(amax, scales, token):  # type: ignore[no-untyped-def]
-    """What a token's values are multiplied by; its scale is stored. One division for all of them."""
+    """What to multiply a token's values by, so that one division does; its scale is stored."""
     amax = tl.maximum(amax, _LEAST_AMAX)
     tl.store(scales + token, amax / _FP8_MAX)
     return _FP8_MAX / amax
