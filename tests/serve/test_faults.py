@@ -137,12 +137,12 @@ def test_progress_is_told_in_order_and_not_after_the_end(mini: Served) -> None:
 
 
 def test_sigterm_drains_and_drops_nothing(tmp_path: Path) -> None:
-    """The signal comes with jobs in flight and a job half-way through a poll that is open."""
+    """The signal comes with jobs in flight, and with a poll's answer on its way."""
     with served(tmp_path / "log", HANDLER, MODEL="mini") as found:
         queue = found.queue
         queue.put(*(named(f"running-{n}", num_inference_steps=50) for n in range(3)))
         queue.wait(lambda: len(queue.of("handed")) == 3, 30, "the jobs were not taken")
-        queue.faults.drip = 0.5
+        queue.faults.lag, queue.faults.drip = 0.2, 0.5
         queue.put(named("half-way"))
         queue.wait(lambda: bool(queue.of("handed", "half-way")), 10, "no poll was open")
         found.process.send_signal(signal.SIGTERM)

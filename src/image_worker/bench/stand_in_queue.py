@@ -1,7 +1,7 @@
 """A stand-in for RunPod's queue, on loopback: what its SDK asks for, and faults on demand.
 
-It notes every request with its time. A job counts as handed out when its answer's first byte goes
-to a poll that is still open. It serves on a thread of its own; its methods may be called from any.
+It notes every request with its time. A job counts as handed out when its answer is on its way to a
+poll that is still open. It serves on a thread of its own; its methods may be called from any.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ class Faults:
     """What goes wrong, until it is taken out again.
 
     takes: statuses or texts for the next takes; posts: job → statuses for its next posts, 0 for a
-    connection that is closed; always: statuses for all posts of a job; drip: seconds between the
-    head and the body of an answer that has jobs.
+    connection that is closed; always: statuses for all posts of a job; lag, drip: seconds before
+    the head of an answer that has jobs, and between its head and its body.
     """
 
     takes: deque[int | str] = field(default_factory=deque)
     posts: dict[str, deque[int]] = field(default_factory=dict)
     always: dict[str, int] = field(default_factory=dict)
+    lag: float = 0.0
     drip: float = 0.0
 
 
@@ -156,6 +157,7 @@ class StandInQueue:
         for job in jobs:
             self._note("handed", job["id"])
         body = json.dumps(jobs if batch else jobs[0]).encode()
+        await asyncio.sleep(self.faults.lag)
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         response.content_length = len(body)
         await response.prepare(request)

@@ -49,6 +49,7 @@ _POST_TIMEOUT = ClientTimeout(60)  # of one try
 _TELL_TIMEOUT = ClientTimeout(3)  # of a progress update; a result may wait for it
 _TELL_SECONDS = 1.0  # between two of them
 _LEAST_TAKE_SECONDS = 1.0
+_ON_ITS_WAY_SECONDS = 0.5  # for an answer that the queue sent before the worker was to stop
 _SDK_PING = rp_ping.Heartbeat.process_loop
 _LOG_LEVELS = {"DEBUG": "DEBUG", "INFO": "INFO", "WARNING": "WARN", "ERROR": "ERROR"}
 
@@ -195,7 +196,8 @@ class _Jobs(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
 class _Polls:
     """The SDK's session for its long polls, which end unanswered when the worker is to stop.
 
-    An answer of which the head has come is read to its end: it may be a job, and then it is ours.
+    An answer that was on its way then is waited for, and read to its end: it may be a job, and then
+    it is ours.
     """
 
     def __init__(self, session: ClientSession, stop: asyncio.Event) -> None:
@@ -211,6 +213,7 @@ class _Polls:
         stop = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait({head, stop}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({head}, timeout=_ON_ITS_WAY_SECONDS)
             if not head.done():
                 raise TimeoutError
             async with await head as response:
