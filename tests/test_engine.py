@@ -19,6 +19,7 @@ from image_worker.engine import Engine
 from image_worker.errors import BrokenPicture, CardLost, OutOfMemory
 from image_worker.model.build import Model
 from image_worker.model.placement import RESERVE
+from image_worker.model.remembered import Remembered
 from image_worker.orders import Made, Order
 from tests.conftest import make_picture, mini_model
 from tests.pictures import psnr
@@ -56,7 +57,11 @@ class Stage:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, batch_size: int = 4, **plan: Any) -> None:
         model = model_of()
-        self.model = dataclasses.replace(model, plan=dataclasses.replace(model.plan, **plan))
+        self.model = dataclasses.replace(
+            model,
+            plan=dataclasses.replace(model.plan, **plan),
+            encodings=Remembered(10**8),  # other tests' are of no use here
+        )
         self.together: list[int] = []
         self._go, self._ready = threading.Semaphore(0), threading.Semaphore(0)
         stock = engine_module.step

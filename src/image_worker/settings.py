@@ -82,6 +82,12 @@ class Settings(BaseSettings):
     batch_timeout_ms: int = Field(
         40, ge=0, le=10_000, description="longest wait for a batch to fill, in milliseconds"
     )
+    remember_mb: int = Field(
+        256,
+        ge=0,
+        le=100_000,
+        description="host memory for encoded prompts and pictures of earlier jobs, in MB",
+    )
     standalone_mode: bool = Field(False, description="serve plain HTTP instead of RunPod's queue")
     api_host: str = Field("127.0.0.1", description="address of the standalone server")
     api_port: int = Field(8000, ge=1, le=65_535, description="port of the standalone server")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from image_worker.edit import conditions
+from image_worker.edit.conditions import Conditions
 from image_worker.edit.sizes import output_size
 from image_worker.errors import InvalidRequest
+from image_worker.model.remembered import Remembered
 from tests.conftest import make_picture, mini_model
 
 
@@ -34,6 +38,30 @@ def test_pictures_reach_the_text_encoder() -> None:
     ]
     assert texts[0].shape == texts[1].shape
     assert (texts[0] - texts[1]).abs().max() > 1e-3
+
+
+def test_what_was_encoded_before_is_not_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dataclasses.replace(mini_model(), encodings=Remembered(10**8))
+    brought: list[str] = []
+    monkeypatch.setattr(model.placement, "bring", brought.append)
+
+    def encode(prompt: str, *seeds: int) -> tuple[Conditions, list[str]]:
+        brought.clear()
+        images = [make_picture(seed=seed) for seed in seeds]
+        return conditions.encode(model, prompt, " ", images), list(brought)
+
+    first, steps = encode("blur it", 0, 1)
+    assert steps == ["text_encoder"] * 2 + ["vae"] * 2
+    again, steps = encode("blur it", 0, 1)
+    assert not steps
+    for one, other in zip(dataclasses.astuple(first), dataclasses.astuple(again), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    assert encode("sharpen it", 0, 1)[1] == ["text_encoder"]  # " " is known
+    swapped, steps = encode("blur it", 1, 0)
+    assert steps == ["text_encoder"] * 2
+    assert torch.equal(swapped.references, first.references.roll(64, 0))
+    assert encode("blur it", 0)[1] == ["text_encoder"] * 2
+    assert encode("blur it", 2)[1] == ["text_encoder"] * 2 + ["vae"]
 
 
 def test_unpack_undoes_pack() -> None:

@@ -275,6 +275,7 @@ def test_metrics_count(url: str) -> None:
         "image_worker_batch_size_sum",
         "image_worker_jobs_unfinished 0.0",
         "image_worker_engine_busy_seconds",
+        "image_worker_encodings_reused",
         "image_worker_vram_used_bytes",
     ):
         assert line in found, line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,30 +31,44 @@ class Reference:
     """A picture, reduced to what the model reads of it.
 
     ratio: width / height as it came; seen: for the text encoder;
-    pixels: for the VAE, (1, 3, 1, height, width) in [-1, 1], float32.
+    pixels: for the VAE, (1, 3, 1, height, width) in [-1, 1], float32;
+    key: a hash of both, the same for equal pictures only.
     """
 
     ratio: float
     seen: Image.Image
     pixels: Tensor
+    key: bytes
+
+    @property
+    def shape(self) -> Shape:
+        """Its size in tokens."""
+        return sizes.tokens(self.pixels.shape[-1], self.pixels.shape[-2])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The text encoder's inputs, and a key that is the same for equal inputs only."""
+
+    inputs: dict[str, Tensor]
+    key: bytes
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A job's prompts and pictures as tensors on the CPU: all that can be done beside the card.
 
-    prompt, negative: the text encoder's inputs; negative is None without guidance;
-    pixels: one per picture, as in `Reference`.
+    negative is None without guidance.
     """
 
-    prompt: dict[str, Tensor]
-    negative: dict[str, Tensor] | None
-    pixels: tuple[Tensor, ...]
+    prompt: Prompt
+    negative: Prompt | None
+    references: tuple[Reference, ...]
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
         """The pictures' sizes in tokens."""
-        return tuple(sizes.tokens(pixels.shape[-1], pixels.shape[-2]) for pixels in self.pixels)
+        return tuple(reference.shape for reference in self.references)
 
 
 @dataclass(frozen=True)
@@ -89,13 +104,14 @@ def prepare(
     """The part of `encode` that needs no card; may be called from any thread."""
     template = model.entry.template
     seen = [reference.seen for reference in references]
+    pictures = b"%d" % len(seen) + b"".join(reference.key for reference in references)
 
-    def inputs(text: str) -> dict[str, Tensor]:
-        return _tokenise(model, template.render(text, len(seen)), seen)
+    def read(text: str) -> Prompt:
+        inputs = _tokenise(model, template.render(text, len(seen)), seen)
+        return Prompt(inputs, pictures + inputs["input_ids"].numpy().tobytes())
 
-    negative = None if negative_prompt is None else inputs(negative_prompt)
-    pixels = tuple(reference.pixels for reference in references)
-    return Prepared(inputs(prompt), negative, pixels)
+    negative = None if negative_prompt is None else read(negative_prompt)
+    return Prepared(read(prompt), negative, tuple(references))
 
 
 def row_lengths(
@@ -104,27 +120,24 @@ def row_lengths(
     """The transformer's rows of a job: so many results of `size` (width, height) in pixels."""
     shapes = (sizes.tokens(*size), *prepared.shapes)
     image = sum(rows * columns for _, rows, columns in shapes)
-    prompts = [inputs for inputs in (prepared.prompt, prepared.negative) if inputs is not None]
-    texts = [inputs["input_ids"].shape[1] - model.entry.template.drop for inputs in prompts]
+    prompts = [prompt for prompt in (prepared.prompt, prepared.negative) if prompt is not None]
+    texts = [prompt.inputs["input_ids"].shape[1] - model.entry.template.drop for prompt in prompts]
     return [Length(image, text) for text in texts] * pictures
 
 
 @torch.inference_mode()
 def encode_prompts(model: Model, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
-    """`Conditions.text` and `.negative`."""
-    model.placement.bring("text_encoder")
+    """`Conditions.text` and `.negative`, where they are not remembered."""
     text = _encode_text(model, prepared.prompt)
     return text, None if prepared.negative is None else _encode_text(model, prepared.negative)
 
 
 @torch.inference_mode()
 def encode_references(model: Model, prepared: Prepared) -> Tensor:
-    """`Conditions.references`."""
+    """`Conditions.references`, where they are not remembered."""
     channels = model.transformer.config.in_channels
     nothing = torch.empty(0, channels, device=model.device, dtype=model.dtype)
-    if prepared.pixels:
-        model.placement.bring("vae")
-    return torch.cat([nothing, *(_encode_picture(model, pixels) for pixels in prepared.pixels)])
+    return torch.cat([nothing, *(_encode_picture(model, found) for found in prepared.references)])
 
 
 def check_prompt(model: Model, prompt: str, field: str) -> None:
@@ -151,19 +164,33 @@ def as_reference(model: Model, image: Image.Image) -> Reference:
     processor = VaeImageProcessor(vae_scale_factor=sizes.TOKEN)
     ratio = image.width / image.height
     width, height = sizes.fit_area(model.entry.area, ratio)
-    if model.entry.vision_area is None:  # the first Edit model shows both the same picture
-        seen = image = processor.resize(image, height, width)
-    else:
+    fitted = seen = processor.resize(image, height, width)
+    if model.entry.vision_area is not None:  # the first Edit model shows both the same picture
         seen_width, seen_height = sizes.fit_area(model.entry.vision_area, ratio)
         seen = processor.resize(image, seen_height, seen_width)
-    return Reference(ratio, seen, processor.preprocess(image, height, width).unsqueeze(2))
+    pixels = processor.preprocess(fitted, height, width).unsqueeze(2)
+    return Reference(ratio, seen, pixels, _hash(fitted, seen))
 
 
-def _encode_text(model: Model, inputs: dict[str, Tensor]) -> Tensor:
+def _hash(*images: Image.Image) -> bytes:
+    """SHA-256, so that nobody can make two pictures that are taken for each other."""
+    found = hashlib.sha256()
+    for image in images:
+        found.update(f"{image.width} {image.height} ".encode())
+        found.update(image.tobytes())
+    return found.digest()
+
+
+def _encode_text(model: Model, prompt: Prompt) -> Tensor:
     """The text encoder's last hidden states without the template's head: (tokens, width)."""
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    hidden = model.text_encoder(**inputs).last_hidden_state
-    return hidden[0, model.entry.template.drop :].to(model.dtype)  # type: ignore[no-any-return]
+
+    def run() -> Tensor:
+        model.placement.bring("text_encoder")
+        inputs = {name: value.to(model.device) for name, value in prompt.inputs.items()}
+        hidden: Tensor = model.text_encoder(**inputs).last_hidden_state
+        return hidden[0, model.entry.template.drop :].to(model.dtype)
+
+    return model.encodings.get(b"prompt" + prompt.key, run, model.device)
 
 
 def _tokenise(model: Model, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -190,12 +217,18 @@ def _tokenise(model: Model, text: str, images: Sequence[Image.Image]) -> dict[st
     return inputs
 
 
-def _encode_picture(model: Model, pixels: Tensor) -> Tensor:
+def _encode_picture(model: Model, reference: Reference) -> Tensor:
     """One reference as normalised, packed latents: (tokens, channels)."""
-    with tiles_where_needed(model, pixels.shape[-1] * pixels.shape[-2]):
-        posterior = model.vae.encode(pixels.to(model.device, model.dtype)).latent_dist
-    mean, deviation = statistics(model.vae, model.device, model.dtype)
-    return pack((posterior.mode() - mean) / deviation)
+
+    def run() -> Tensor:
+        model.placement.bring("vae")
+        pixels = reference.pixels
+        with tiles_where_needed(model, pixels.shape[-1] * pixels.shape[-2]):
+            posterior = model.vae.encode(pixels.to(model.device, model.dtype)).latent_dist
+        mean, deviation = statistics(model.vae, model.device, model.dtype)
+        return pack((posterior.mode() - mean) / deviation)
+
+    return model.encodings.get(b"picture" + reference.key, run, model.device)
 
 
 @contextmanager

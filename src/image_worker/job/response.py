@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from PIL import ExifTags, Image
-from PIL.PngImagePlugin import PngInfo
 
 from image_worker.errors import ReplyTooLarge, WorkerError
+from image_worker.job import png
 from image_worker.job.request import EditRequest
 from image_worker.job.storage import Storage
 from image_worker.settings import Settings
@@ -105,11 +105,11 @@ def encode(image: Image.Image, form: Format, quality: int, about: Mapping[str, s
     `about` is written into it: PNG has a text chunk for each name; JPEG and WebP have all of it
     as a JSON object in EXIF's UserComment.
     """
+    if form == "png":
+        return png.write(image, about)
     buffer = io.BytesIO()
-    options: dict[str, Any] = {"compress_level": 1} if form == "png" else {"quality": quality}
-    if about:
-        options |= {"pnginfo": _chunks(about)} if form == "png" else {"exif": _exif(about)}
-    image.save(buffer, form.upper(), **options)
+    exif = {"exif": _exif(about)} if about else {}
+    image.save(buffer, form.upper(), quality=quality, **exif)
     return buffer.getvalue()
 
 
@@ -122,13 +122,6 @@ def _about(request: EditRequest, facts: Mapping[str, Any]) -> list[dict[str, str
         if name in facts:
             shared[name] = str(facts[name])
     return [{**shared, "seed": str(seed)} for seed in request.seeds]
-
-
-def _chunks(about: Mapping[str, str]) -> PngInfo:
-    info = PngInfo()
-    for name, text in about.items():
-        info.add_text(name, text)  # iTXt where Latin-1 is not enough
-    return info
 
 
 def _exif(about: Mapping[str, str]) -> bytes:

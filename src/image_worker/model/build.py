@@ -24,6 +24,7 @@ from image_worker.model.components import Component
 from image_worker.model.lora import Lora
 from image_worker.model.offload import Placement
 from image_worker.model.placement import Hardware, Plan, Sizes, plan
+from image_worker.model.remembered import Remembered
 from image_worker.model.transformer import Transformer
 from image_worker.model.vae import PictureVae
 from image_worker.settings import Precision, Settings
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Model:
-    """Everything that an edit needs, loaded and placed."""
+    """Everything that an edit needs, loaded and placed; and what it encoded for earlier ones."""
 
     entry: ModelEntry
     plan: Plan
@@ -48,6 +49,7 @@ class Model:
     vae: Any
     placement: Placement
     cold_start: ColdStart
+    encodings: Remembered
 
     @property
     def steps(self) -> int:
@@ -160,6 +162,7 @@ def _load(recipe: Recipe, decided: Plan, sizes: Sizes, cold_start: ColdStart) ->
         vae=load(components.VAE),
         placement=placement,
         cold_start=cold_start,
+        encodings=Remembered(settings.remember_mb * 10**6),
     )
 
 

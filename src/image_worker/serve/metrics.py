@@ -35,13 +35,15 @@ class Metrics:
             buckets=_PICTURES,
             registry=registry,
         )
-        engine = worker.engine
+        engine, encodings = worker.engine, worker.model.encodings
         for name, text, value in (
             ("jobs_unfinished", "jobs that are waiting or running", lambda: jobs.unfinished),
             ("jobs_waiting", "jobs that wait for the card", lambda: engine.waiting),
             ("jobs_running", "jobs on the card", lambda: engine.running),
             ("engine_busy_seconds", "with work; rate() is the load", lambda: engine.busy_seconds),
             ("engine_busy_fraction", "of the time since the start", engine.busy_fraction),
+            ("encodings_made", "of prompts and pictures", lambda: encodings.misses),
+            ("encodings_reused", "that an earlier job had made", lambda: encodings.hits),
             ("vram_used_bytes", "of the card, by all processes", lambda: engine.memory()[0]),
             ("vram_total_bytes", "of the card", lambda: engine.memory()[1]),
         ):
