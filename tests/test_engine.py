@@ -207,6 +207,23 @@ def test_where_components_take_turns_jobs_begin_and_end_together(
     assert changes == ["text_encoder", "vae", "transformer", "vae"] * 2
 
 
+def test_a_batchs_worth_of_jobs_is_begun_ahead_each_tried_once(stage: Stage) -> None:
+    stage.engine.submit(order())
+    stage.reach_step()
+    ahead = [stage.engine.submit(order(seed=seed, pictures=2)) for seed in range(4)]
+    cancelled, *_ = stage.engine._waiting
+    ahead[0].cancel()
+    second, third = list(stage.engine._waiting)[1:3]
+    assert stage.engine._next_ahead() is second
+    second.tried_ahead = True
+    assert cancelled.load.pictures + second.load.pictures == stage.engine.limits.pictures
+    assert stage.engine._next_ahead() is None
+    stage.engine._waiting.remove(cancelled)
+    assert stage.engine._next_ahead() is third
+    third.tried_ahead = True
+    assert stage.engine._next_ahead() is None
+
+
 def test_a_lone_job_waits_for_nobody(stage: Stage) -> None:
     job = stage.engine.submit(order())
     stage.run_on()
@@ -269,8 +286,7 @@ def with_room_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> Stage:
     stock = denoise_module.velocities
 
     def velocities(module: Any, rows: Sequence[Any]) -> Any:
-        longest = max(len(row.image) for row in rows) + max(len(row.text) for row in rows)
-        if len(rows) * longest > tokens:
+        if sum(len(row.image) + len(row.text) for row in rows) > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return stock(module, rows)
 

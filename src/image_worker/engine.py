@@ -238,10 +238,10 @@ class Engine:
         On a stream of its own: encoding is many small kernels, with gaps that the step's fill. What
         fails here is done again in the job's turn, where its failure is the job's.
         """
-        next_ones = list(self._waiting)[: self.limits.pictures]
-        task = next((task for task in next_ones if not task.pictures), None)
+        task = self._next_ahead()
         if self._aside is None or task is None:
             return
+        task.tried_ahead = True
         try:
             with memory_errors("encoding"), torch.cuda.stream(self._aside):
                 text = encode_prompts(self.model, task.order.prepared)
@@ -250,6 +250,17 @@ class Engine:
             if card_is_lost():
                 raise
             log.warning("a job could not be begun ahead; it will be in its turn", exc_info=True)
+
+    def _next_ahead(self) -> Task | None:
+        """The first job, within a batch's worth of pictures, that was not tried to begin yet."""
+        pictures = 0
+        for task in list(self._waiting):
+            if pictures >= self.limits.pictures:
+                return None
+            if not (task.tried_ahead or task.future.cancelled()):
+                return task
+            pictures += task.load.pictures
+        return None
 
     def _what_fits(self, task: Task) -> str | None:
         order = task.order

@@ -52,7 +52,8 @@ class Task:
     """An order in the engine: how far it is, and who waits for it.
 
     moment: since when it has been in its present stage; text: once encoded; pictures: once begun;
-    company: how many pictures each of its steps had.
+    company: how many pictures each of its steps had; tried_ahead: whether it was tried to begin it
+    before its turn.
     """
 
     order: Order
@@ -63,6 +64,7 @@ class Task:
     text: Encoded | None = None
     pictures: list[Picture] = field(default_factory=list)
     company: list[int] = field(default_factory=list)
+    tried_ahead: bool = False
 
     def passed(self, stage: str) -> None:
         """Notes the time since the last stage as that of `stage`."""

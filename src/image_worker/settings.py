@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     default_cfg_scale: float | None = Field(
         None, ge=1, le=20, allow_inf_nan=False, description="true_cfg_scale of jobs that name none"
     )
-    batch_size: int = Field(4, ge=1, le=64, description="most jobs in one batch")
+    batch_size: int = Field(4, ge=1, le=64, description="most pictures that are denoised at a time")
     batch_timeout_ms: int = Field(
         40, ge=0, le=10_000, description="longest wait for a batch to fill, in milliseconds"
     )

@@ -13,12 +13,14 @@ from image_worker.edit.conditions import tiles_where_needed
 from image_worker.edit.decode import decode
 from image_worker.edit.denoise import start
 from image_worker.model.build import Model
+from image_worker.model.remembered import Remembered
 from tests.conftest import make_picture, mini_model
 
 
 def with_room_for(pixels: int | None) -> Model:
     model = mini_model()
-    return dataclasses.replace(model, plan=dataclasses.replace(model.plan, max_pixels=pixels))
+    plan = dataclasses.replace(model.plan, max_pixels=pixels)
+    return dataclasses.replace(model, plan=plan, encodings=Remembered(0))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,12 @@ def test_a_layer_is_the_same_after_each_return(precision: Precision) -> None:
 def test_offload_does_not_change_the_picture(precision: str) -> None:
     def edit(offload: str) -> Image.Image:
         settings = Settings.from_env(
-            {"MODEL": "mini", "PRECISION_MODE": precision, "CPU_OFFLOAD": offload}
+            {
+                "MODEL": "mini",
+                "PRECISION_MODE": precision,
+                "CPU_OFFLOAD": offload,
+                "REMEMBER_MB": "0",
+            }
         )
         worker = Worker.from_settings(settings)
         replies = [worker.run_blocking(job(seed=3)) for _ in range(2)]

@@ -323,6 +323,14 @@ def test_openais_client_edits(url: str) -> None:
     assert [model.id for model in client(url).models.list()] == ["mini"]
 
 
+def test_a_form_field_is_one_text_or_files(url: str) -> None:
+    texts = {"prompt": "make it blue", "image": "https://example.com/a.png"}
+    answer = requests.post(
+        f"{url}/v1/images/edits", texts, files={"image": file()}, timeout=SECONDS
+    )
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "image"
+
+
 def test_openais_client_is_told_what_is_wrong(url: str) -> None:
     for options, code in (
         ({"prompt": "x", "model": "dall-e-2"}, "model"),

@@ -80,7 +80,7 @@ def test_latents_are_the_served_ones() -> None:
         assert (latents - served).float().abs().max() < 0.15  # bf16, of values of size 1
     drawn = autoencoder.decode(model.vae, found)
     for picture, latents, before in zip(drawn, found, answers, strict=True):
-        done = Picture(None, (1, 8, 8), latents, [0.0], 1.0)  # type: ignore[arg-type]
+        done = Picture(None, (1, 8, 8), latents, [0.0], [], 1.0)  # type: ignore[arg-type]
         assert psnr(to_image(picture), decode(model, done)) > 45
         assert psnr(to_image(picture), to_image(before)) > 30
 

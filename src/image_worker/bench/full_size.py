@@ -99,6 +99,7 @@ def run(folder: Path, configuration: dict[str, str]) -> dict[str, Any]:
         "MODEL_DIR": str(folder),
         "LOCAL_ONLY": "1",
         "HF_HUB_OFFLINE": "1",
+        "REMEMBER_MB": "0",  # its jobs are all of one picture; people's are not
         **configuration,
     }
     command = [sys.executable, "-m", "image_worker.bench.full_size", str(folder), "--child"]

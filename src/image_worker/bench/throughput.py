@@ -46,6 +46,7 @@ def main() -> None:
             "LOCAL_ONLY": "1",
             "PRECISION_MODE": options.precision,
             "LIGHTNING_STEPS": "4",
+            "REMEMBER_MB": "0",  # its jobs are all of one picture; people's are not
         }
     )
     worker = Worker.from_settings(settings)

@@ -29,13 +29,15 @@ class Picture:
     """One picture on its way from noise.
 
     latents: (tokens, channels) in the model's type, replaced step by step; levels: its schedule,
-    one more than it has steps; step: how many are done; velocity: of the last one.
+    one more than it has steps; modulation: what the transformer made for that schedule, held so
+    that it stays; step: how many are done; velocity: of the last one.
     """
 
     conditions: Conditions
     shape: Shape
     latents: Tensor
     levels: list[float]
+    modulation: list[Tensor]
     cfg_scale: float
     step: int = field(default=0)
     velocity: Tensor | None = None
@@ -65,7 +67,7 @@ def start(
     shape = tokens(*size)
     _, rows, columns = shape
     levels = sigmas(model.sampler, steps, rows * columns)
-    model.transformer.prepare(levels[:-1])
+    modulation = model.transformer.prepare(levels[:-1])
     channels = model.transformer.config.in_channels // 4
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn(
@@ -73,7 +75,7 @@ def start(
     )
     patches = noise.view(channels, rows, 2, columns, 2).permute(1, 3, 0, 2, 4)
     latents = patches.reshape(rows * columns, 4 * channels).to(model.device)
-    return Picture(conditions, shape, latents, levels, cfg_scale)
+    return Picture(conditions, shape, latents, levels, modulation, cfg_scale)
 
 
 def denoise(model: Model, pictures: Sequence[Picture], progress: Progress | None = None) -> None:
@@ -134,11 +136,10 @@ def step(model: Model, pictures: Sequence[Picture], limits: Limits) -> list[int]
         outputs.update(zip(share, found, strict=True))
         forwards.append(len(share))
     velocities = (outputs[number] for number in range(len(rows)))
-    for picture in pictures:
-        velocity = next(velocities)
-        if picture.cfg_scale > 1:
-            velocity = guide(velocity, next(velocities), picture.cfg_scale)
-        _advance(picture, velocity)
+    steps = [(picture, *_next(picture, velocities)) for picture in pictures]
+    for picture, latents, velocity in steps:  # from here on, nothing is computed that could fail
+        picture.latents, picture.velocity = latents, velocity
+        picture.step += 1
     return forwards
 
 
@@ -153,11 +154,13 @@ def _forward(model: Model, rows: list[Row], *, alone: bool) -> list[Tensor] | No
         return None
 
 
-def _advance(picture: Picture, velocity: Tensor) -> None:
+def _next(picture: Picture, velocities: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """Its latents after a step, and the velocity that led there, from those of its rows."""
+    velocity = next(velocities)
+    if picture.cfg_scale > 1:
+        velocity = guide(velocity, next(velocities), picture.cfg_scale)
     level, following = picture.levels[picture.step : picture.step + 2]
-    picture.latents = euler_step(picture.latents, velocity, level, following)
-    picture.velocity = velocity
-    picture.step += 1
+    return euler_step(picture.latents, velocity, level, following), velocity
 
 
 def euler_step(latents: Tensor, velocity: Tensor, level: float, next_level: float) -> Tensor:

@@ -97,7 +97,7 @@ TRANSFORMER = Component(
     kind="QwenImageTransformer2DModel",
     empty=_empty_diffusers(QwenImageTransformer2DModel),
     quantised=lambda path: path.startswith("transformer_blocks.") and not is_modulation(path),
-    on_host=lambda path: is_modulation(path),
+    on_host=is_modulation,
 )
 VAE = Component("vae", kind="AutoencoderKLQwenImage", empty=_empty_diffusers(PictureVae))
 ALL = (TEXT_ENCODER, TRANSFORMER, VAE)

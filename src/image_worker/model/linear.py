@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from image_worker.kernels.reference import FP8, FP8_MAX, Activation, Quantised
+from image_worker.kernels.reference import FP8_MAX, LEAST_AMAX, Activation, Quantised
 
 
 class Plain(nn.Module):
@@ -79,24 +79,6 @@ class Nf4ByFp8(nn.Module):
         multiply_fp8(x, decode(self, self._scratch.memory), self.row_scales, self.bias, into)
 
 
-class Fp8(nn.Module):
-    """Weights in FP8 with a scale for each row."""
-
-    takes_fp8 = True
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        """layers: in a 16-bit type; they are quantised here."""
-        super().__init__()
-        wide = torch.cat([layer.weight for layer in layers]).float()
-        self.row_scales = nn.Buffer(wide.abs().amax(dim=1, keepdim=True) / FP8_MAX)
-        self.weight = nn.Buffer((wide / self.row_scales).to(FP8))
-        self.bias = _buffer([layer.bias for layer in layers])
-
-    def forward(self, x: Quantised, into: Tensor) -> None:
-        """Into (N, out) from x (N, in)."""
-        multiply_fp8(x, self.weight, self.row_scales, self.bias, into)
-
-
 class Scratch:
     """Memory for one decoded weight, shared by all layers: they run one after the other."""
 
@@ -143,11 +125,11 @@ def multiply_fp8(x: Quantised, weight: Tensor, scales: Tensor, bias: Tensor, int
 
 
 def _largest(state: Any) -> Tensor:
-    """The largest absolute value of each row, (rows, 1) float32: NF4's grid ends at -1 and 1."""
+    """The largest absolute value of each row, (rows, 1) float32, above 0: NF4's grid ends at ±1."""
     from bitsandbytes.functional import dequantize_blockwise
 
     scales: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return scales.view(state.shape[0], -1).amax(dim=1, keepdim=True).float()
+    return scales.view(state.shape[0], -1).amax(dim=1, keepdim=True).float().clamp(min=LEAST_AMAX)
 
 
 def _buffer(tensors: Sequence[Tensor]) -> nn.Buffer:

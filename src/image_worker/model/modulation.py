@@ -9,18 +9,19 @@ from the checkpoint's file, on disk.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-KEPT = 128  # timesteps; 4.2 MiB each in the full model
+KEPT = 64  # tables that nobody uses; 4.2 MiB each in the full model
 
 
 class Modulation:
-    """Tables by timestep, the ones used last."""
+    """Tables by timestep: those that somebody holds, and the ones used last."""
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         """Takes the layers out of `model`, a `QwenImageTransformer2DModel`."""
@@ -32,28 +33,40 @@ class Modulation:
         for block in blocks:
             del block.txt_mod, block.img_mod
         del model.norm_out
-        self._tables: OrderedDict[float, Tensor] = OrderedDict()
+        self._tables: WeakValueDictionary[float, Tensor] = WeakValueDictionary()
+        self._recent: OrderedDict[float, Tensor] = OrderedDict()
         self._blocks = len(blocks)
         self._width = self._layers[-1].in_features
 
+    def prepare(self, timesteps: Sequence[float]) -> list[Tensor]:
+        """The tables of those timesteps, in [0, 1]. While they are held, no step waits for them."""
+        found: dict[float, Tensor] = {}
+        for level in timesteps:
+            table = self._tables.get(level)
+            if table is not None:
+                found[level] = table
+        found |= self._make([level for level in dict.fromkeys(timesteps) if level not in found])
+        for level, table in found.items():
+            self._tables[level] = self._recent[level] = table
+            self._recent.move_to_end(level)
+        while len(self._recent) > KEPT:
+            self._recent.popitem(last=False)
+        return list(found.values())
+
     @torch.inference_mode()
-    def prepare(self, timesteps: Iterable[float]) -> None:
-        """Computes the tables of those timesteps, in [0, 1], that are not there: in one pass."""
-        missing = [level for level in dict.fromkeys(timesteps) if level not in self._tables]
-        if not missing:
-            return
-        embedded = [self._embedding(level) for level in missing]
-        parts: list[list[Tensor]] = [[] for _ in missing]
+    def _make(self, levels: Sequence[float]) -> dict[float, Tensor]:
+        """In one pass over the layers."""
+        if not levels:
+            return {}
+        embedded = [self._embedding(level) for level in levels]
+        parts: list[list[Tensor]] = [[] for _ in levels]
         for layer in self._layers:
             weight, bias = (
                 tensor.to(self._device, self._dtype) for tensor in (layer.weight, layer.bias)
             )
             for found, vector in zip(parts, embedded, strict=True):
                 found.append(functional.linear(vector, weight, bias)[0])
-        for level, found in zip(missing, parts, strict=True):
-            self._tables[level] = torch.cat(found)
-        while len(self._tables) > max(KEPT, len(missing)):
-            self._tables.popitem(last=False)
+        return {level: torch.cat(found) for level, found in zip(levels, parts, strict=True)}
 
     def of_blocks(self, streams: Iterable[tuple[float, int]]) -> Tensor:
         """(M, blocks, 6, width): shift, scale and gate before attention, and the same after it.
@@ -72,9 +85,7 @@ class Modulation:
         return torch.stack(found).view(-1, 2, self._width)
 
     def _table(self, level: float) -> Tensor:
-        self.prepare([level])
-        self._tables.move_to_end(level)
-        return self._tables[level]
+        return self.prepare([level])[0]
 
     def _embedding(self, level: float) -> Tensor:
         """(1, width), of a timestep that is rounded as 0..1000, as in the stock pipeline."""

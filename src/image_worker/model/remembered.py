@@ -27,7 +27,7 @@ class Remembered:
         if key in self._tensors:
             self.hits += 1
             self._tensors.move_to_end(key)
-            return self._tensors[key].to(device)
+            return self._tensors[key].to(device, copy=True)
         self.misses += 1
         made = make()
         self._keep(key, made)

@@ -93,7 +93,7 @@ class Transformer(nn.Module):
     """The module that serves, made from one of diffusers' that holds a checkpoint's weights."""
 
     def __init__(self, source: Any, device: torch.device, dtype: torch.dtype, *, fp8: bool) -> None:
-        """Takes `source` apart. fp8: multiply in FP8, where weights are in 4 or 8 bit."""
+        """Takes `source` apart. fp8: multiply in FP8, where weights are in 4 bit."""
         super().__init__()
         self.config = source.config
         self.zero_cond_t: bool = source.zero_cond_t
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         self.img_in, self.txt_in, self.txt_norm = source.img_in, source.txt_in, source.txt_norm
         self.proj_out = source.proj_out
         self.modulation = Modulation(source, device, dtype)
-        self.layout = functools.lru_cache(maxsize=32)(self._layout)
+        self.layout = functools.lru_cache(maxsize=8)(self._layout)
         self._ops = _operations(device)
         scratch = Scratch(device)
         self.blocks = nn.ModuleList()
@@ -111,9 +111,9 @@ class Transformer(nn.Module):
             self.blocks.append(Block(block, self._ops, scratch, fp8=fp8))
             source.transformer_blocks[number] = nn.Identity()  # its weights are copied: let it go
 
-    def prepare(self, timesteps: Sequence[float]) -> None:
-        """Has the modulation of a whole schedule made at once, where it is new."""
-        self.modulation.prepare([*timesteps, 0.0] if self.zero_cond_t else timesteps)
+    def prepare(self, timesteps: Sequence[float]) -> list[Tensor]:
+        """The modulation of a schedule, to be held until it is over: made now, if it is new."""
+        return self.modulation.prepare([*timesteps, 0.0] if self.zero_cond_t else timesteps)
 
     def forward(
         self, text: Tensor, image: Tensor, timesteps: Sequence[float], layout: Layout

@@ -1,7 +1,8 @@
 """Streams a component's checkpoint into its module: shard by shard, tensor by tensor.
 
 Per tensor: read, move to the device, cast, add the LoRA's change, quantise, put in place. So no
-more than one shard is mapped, and no more than one full-precision weight is on the card, at a time.
+more than one full-precision weight is on the card, and no more than one shard mapped, at a time;
+but layers that stay off the card keep their shards mapped (`Storage.on_host`).
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def _header(file: Path) -> dict[str, list[int]]:
 
 
 def _read(files: list[Path], label: str) -> Iterator[tuple[str, Tensor]]:
-    """All tensors, with a progress bar in a terminal. One file is mapped at a time."""
+    """All tensors, with a progress bar in a terminal, file by file."""
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
         for file in files:

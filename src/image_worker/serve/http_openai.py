@@ -139,9 +139,13 @@ async def _form(request: Request) -> dict[str, Any]:
     async with request.form(max_files=16, max_fields=64) as form:
         for name, value in form.multi_items():
             name = name.removesuffix("[]")
+            files = fields.get(name, [])
+            if not isinstance(files, list) or (files and not isinstance(value, UploadFile)):
+                message = "give one text, or files"
+                raise Refusal(400, InvalidRequest(message, field=name[:100]).reply())
             if isinstance(value, UploadFile):
                 data = await asyncio.to_thread(_base64, value.file)
-                fields.setdefault(name, []).append({"base64": data})
+                fields[name] = [*files, {"base64": data}]
             else:
                 fields[name] = value if name in _TEXTS else _number(value)
     return fields

@@ -111,10 +111,12 @@ class Server:
 
     async def submit(self, body: object, *, previews: bool = False) -> Job:
         """Checks a request, which is to be a `JobRequest`, and queues it."""
-        if self.stopping or self.worker.broken:
-            raise refusal(503, "unavailable", "this server is stopping; try another")
         try:
-            job = self.jobs.submit(await asyncio.to_thread(self._check, body), previews=previews)
+            checked = await asyncio.to_thread(self._check, body)
+            # Only now: it may have been told to stop meanwhile.
+            if self.stopping or self.worker.broken:
+                raise refusal(503, "unavailable", "this server is stopping; try another")
+            job = self.jobs.submit(checked, previews=previews)
         except WorkerError as error:
             raise Refusal(400, error.reply()) from None
         except QueueFull as full:

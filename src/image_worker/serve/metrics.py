@@ -43,7 +43,7 @@ class Metrics:
             ("engine_busy_seconds", "with work; rate() is the load", lambda: engine.busy_seconds),
             ("engine_busy_fraction", "of the time since the start", engine.busy_fraction),
             ("encodings_made", "of prompts and pictures", lambda: encodings.misses),
-            ("encodings_reused", "that an earlier job had made", lambda: encodings.hits),
+            ("encodings_reused", "found among those made before", lambda: encodings.hits),
             ("vram_used_bytes", "of the card, by all processes", lambda: engine.memory()[0]),
             ("vram_total_bytes", "of the card", lambda: engine.memory()[1]),
         ):
