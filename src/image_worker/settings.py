@@ -58,6 +58,11 @@ class Settings(BaseSettings):
         description="what the transformer multiplies 4-bit weights in: fp8, or the type of "
         "BNB_COMPUTE; auto is fp8 where the card has it",
     )
+    attention: Literal["auto", "bf16", "int8"] = Field(
+        "auto",
+        description="what the transformer attends in: int8 queries and keys and fp8 values, or the "
+        "type of BNB_COMPUTE; auto is int8 on Hopper cards, unless PRECISION_MODE is bf16",
+    )
     use_lightning_lora: bool = Field(True, description="few-step sampling by the Lightning LoRA")
     lightning_steps: Annotated[Literal[4, 8], BeforeValidator(_number_in_text)] = Field(
         8, description="which Lightning LoRA: the one for 4 or the one for 8 steps"
@@ -170,6 +175,8 @@ class Settings(BaseSettings):
                 "COMPUTE=fp8 is for PRECISION_MODE=4bit, BNB_COMPUTE=bf16 and "
                 "QUANTIZE_COMPONENTS=all; drop it, or set these"
             )
+        if self.attention == "int8" and self.bnb_compute != "bf16":
+            raise InvalidSettings("ATTENTION=int8 is for BNB_COMPUTE=bf16; drop one")
         if self.int8_cpu_offload and self.cpu_offload == "none":
             raise InvalidSettings("INT8_CPU_OFFLOAD=1 contradicts CPU_OFFLOAD=none; drop one")
         if self.int8_cpu_offload and self.precision_mode not in ("auto", "8bit"):

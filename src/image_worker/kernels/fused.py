@@ -279,8 +279,8 @@ def _heads_kernel(  # type: ignore[no-untyped-def]
         x = x * tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / SIZE + _EPSILON) * weight
         even, odd = tl.split(tl.reshape(x, (HEADS, SIZE // 2, 2)))
         pair = tl.arange(0, SIZE // 2)[None, :]
-        cosine = tl.load(rope + place * SIZE + 2 * pair)
-        sine = tl.load(rope + place * SIZE + 2 * pair + 1)
+        cosine = tl.load(rope + token * SIZE + 2 * pair)
+        sine = tl.load(rope + token * SIZE + 2 * pair + 1)
         turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
         x = tl.reshape(turned, (HEADS, SIZE)).to(joint.dtype.element_ty)
     tl.store(target, x, mask=inside)

@@ -6,6 +6,7 @@ them ("stream order"). For attention each row's prompt and pictures stand togeth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,10 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 LEAST_AMAX = 1e-12  # so that a token of zeros has a scale
 FP16_MAX = 65504.0
+INT8_MAX = 127.0
+TILE = 128  # tokens of keys and values that share a scale
+TASK = 192  # queries that the kernel of this attention takes at a time
+_HEADROOM = 256  # the softmax's largest weight, in FP8: small ones keep more of their bits
 _SCALES_ALIGNMENT = 16  # bytes; cuBLAS refuses others
 
 
@@ -90,7 +95,7 @@ def to_joint_heads(
     """Queries and keys normalised by RMS and rotated, and values: each (N, heads, D), joint order.
 
     qkv (N, 3 · heads · D), stream order; norms (2, 2, D): of prompts and pictures, of queries and
-    keys; rope complex64 (N, D / 2), joint order; places (N): where in joint order a token stands.
+    keys; rope complex64 (N, D / 2), stream order; places (N): where in joint order a token stands.
     """
     parts = qkv.view(len(qkv), 3, -1, norms.shape[-1])
     queries, keys = (
@@ -104,7 +109,7 @@ def to_joint_heads(
     )
     stream = torch.empty_like(places)
     stream[places] = torch.arange(len(places), device=places.device)
-    return _rotate(queries[stream], rope), _rotate(keys[stream], rope), parts[stream, 2]
+    return _rotate(queries, rope)[stream], _rotate(keys, rope)[stream], parts[stream, 2]
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -116,6 +121,48 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotates adjacent pairs, in float32. x (N, heads, D), rope complex (N, D / 2)."""
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rope[:, None]).flatten(2).type_as(x)
+
+
+def attend_int8(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Softmax attention within each row: (N, heads, D) each to (N, heads · D), joint order.
+
+    Queries in int8 with a scale for each token and head, keys in int8 and values in FP8 with one
+    for each 128 tokens and head; the softmax's weights in FP8. Sums are exact.
+    """
+    parts = (part.transpose(0, 1) for part in (q, k, v))
+    rows = zip(*(torch.split(part, list(lengths), dim=1) for part in parts), strict=True)
+    return torch.cat([_attend_int8(*row) for row in rows]).type_as(q)
+
+
+def _attend_int8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of one row: (heads, L, D) each to (L, heads · D) float32."""
+    q, k, v = q.float(), k.float(), v.float()
+    q = _rounded(q, q.abs().amax(dim=-1, keepdim=True))
+    k = _rounded(k, _largest_of_tiles(k))
+    value_scales = _largest_of_tiles(v) / FP8_MAX
+    v = (v / value_scales).to(FP8).float()
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    # A tile's values have a scale: weights are rounded with it in them, as they are multiplied.
+    weights = (logits + value_scales.log().mT).softmax(dim=-1)
+    weights = weights / weights.amax(dim=-1, keepdim=True) * _HEADROOM
+    weights = weights.to(FP8).float()
+    total = (weights / value_scales.mT).sum(dim=-1, keepdim=True)
+    mixed: Tensor = weights @ v / total
+    return mixed.transpose(0, 1).flatten(1)
+
+
+def _rounded(x: Tensor, largest: Tensor) -> Tensor:
+    """As int8 has it."""
+    scales = largest.clamp(min=LEAST_AMAX) / INT8_MAX
+    return (x / scales).round() * scales
+
+
+def _largest_of_tiles(x: Tensor) -> Tensor:
+    """The largest absolute value of each token's tile, (heads, L, 1), of x (heads, L, D)."""
+    tiles = [tile.abs().amax(dim=(1, 2), keepdim=True) for tile in torch.split(x, TILE, dim=1)]
+    sizes = [min(TILE, x.shape[1] - start) for start in range(0, x.shape[1], TILE)]
+    parts = [tile.expand(-1, size, -1) for tile, size in zip(tiles, sizes, strict=True)]
+    return torch.cat(parts, dim=1).clamp(min=LEAST_AMAX)
 
 
 def to_stream(mixed: Tensor, places: Tensor, *, fp8: bool) -> Activation:

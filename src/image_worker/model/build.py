@@ -61,7 +61,8 @@ class Model:
 class Recipe:
     """What is built, where from and in which type: everything but where it will lie.
 
-    loras: merged into the transformer; fp8: the transformer multiplies 4-bit weights in FP8.
+    loras: merged into the transformer; fp8: the transformer multiplies 4-bit weights in FP8;
+    int8_attention: it attends in int8.
     """
 
     settings: Settings
@@ -71,6 +72,7 @@ class Recipe:
     device: torch.device
     dtype: torch.dtype
     fp8: bool = False
+    int8_attention: bool = False
 
 
 def build(
@@ -97,8 +99,6 @@ def build(
         merged = (*_lightning(settings, entry), *map(Lora.read, loras))
     dtype = dtype or _compute_dtype(settings, hardware)
     fp8 = hardware.has_fp8 and settings.compute != "bf16" and dtype == torch.bfloat16
-    recipe = Recipe(settings, entry, folder, merged, hardware.device, dtype, fp8)
-
     shape = components.shape(entry, components.read_configs(folder))
     sizes = components.sizes(folder, settings, dtype)
     decided = plan(settings, sizes, shape, hardware)
@@ -108,6 +108,8 @@ def build(
             f"COMPUTE=fp8 is impossible with {decided.precision} weights on {hardware.name}: it "
             "takes PRECISION_MODE=4bit and a card of compute capability 8.9 or later"
         )
+    int8_attention = _attends_in_int8(settings, decided, hardware, dtype)
+    recipe = Recipe(settings, entry, folder, merged, hardware.device, dtype, fp8, int8_attention)
 
     def start(decided: Plan) -> Model:
         model = _load(recipe, decided, sizes[decided.precision], cold_start)
@@ -171,7 +173,13 @@ def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.M
     if isinstance(module, PictureVae):
         module.fold()
     if component is components.TRANSFORMER:
-        module = Transformer(module, recipe.device, recipe.dtype, fp8=recipe.fp8)
+        module = Transformer(
+            module,
+            recipe.device,
+            recipe.dtype,
+            fp8=recipe.fp8,
+            int8_attention=recipe.int8_attention,
+        )
     return module.eval().to(recipe.device)  # buffers, which no checkpoint holds
 
 
@@ -201,6 +209,21 @@ def _lightning(settings: Settings, entry: ModelEntry) -> list[Lora]:
             "set USE_LIGHTNING_LORA=0 to go without"
         )
     return [Lora.read(files.find_adapter(file, settings))]
+
+
+def _attends_in_int8(
+    settings: Settings, decided: Plan, hardware: Hardware, dtype: torch.dtype
+) -> bool:
+    """A CPU can, as slowly as it judges pictures; of cards, Hopper alone."""
+    possible = hardware.free is None or (hardware.is_hopper and dtype == torch.bfloat16)
+    if settings.attention == "int8" and not possible:
+        raise InvalidSettings(
+            f"ATTENTION=int8 is impossible on {hardware.name}: it takes a Hopper card (compute "
+            "capability 9.0), such as H100 or H200"
+        )
+    if settings.attention == "auto":
+        return hardware.is_hopper and possible and decided.precision != "bf16"
+    return settings.attention == "int8"
 
 
 def _compute_dtype(settings: Settings, hardware: Hardware) -> torch.dtype:

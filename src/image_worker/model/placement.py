@@ -40,6 +40,7 @@ class Hardware:
     free: int | None = None
     has_bf16: bool = True
     has_fp8: bool = False
+    is_hopper: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -63,6 +64,7 @@ def detect_hardware(settings: Settings) -> Hardware:
         free=free,
         has_bf16=torch.cuda.get_device_capability() >= (8, 0),
         has_fp8=torch.cuda.get_device_capability() >= (8, 9),
+        is_hopper=torch.cuda.get_device_capability() == (9, 0),
     )
 
 

@@ -15,22 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from image_worker.kernels import reference
 from image_worker.kernels.reference import Activation
+from image_worker.model.attention import BACKENDS, Attention, Exact, Int8, Order
 from image_worker.model.linear import Modules, Nf4ByFp8, Pair, Plain, Scratch
 from image_worker.model.modulation import Modulation
 
 Shape = tuple[int, int, int]  # frames (1), height, width, in tokens
 _TEXT, _IMAGE = 0, 1
-_ATTENTIONS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 @dataclass(frozen=True)
@@ -59,17 +53,14 @@ Outline = tuple[tuple[Shape, ...], int]  # a row's pictures, and how many tokens
 class Layout:
     """Where tokens stand, for rows of given outlines. N tokens in all.
 
-    lengths: of each row in joint order; places (N): where in joint order the tokens stand, in
-    stream order; owner (N): which modulation each has: of its row's prompt, of its row's picture
-    (from `len(lengths)` on), or of a picture without noise (the last); rope (N, D / 2) complex64,
-    joint order; targets: which image tokens are being denoised, row after row, and of which row.
+    order: for attention; owner (N): which modulation each token has: of its row's prompt, of its
+    row's picture (from the number of rows on), or of a picture without noise (the last); targets:
+    which image tokens are being denoised, row after row, and of which row.
     """
 
     text_tokens: int
-    lengths: tuple[int, ...]
-    places: Tensor
+    order: Order
     owner: Tensor
-    rope: Tensor
     targets: Tensor
     target_rows: Tensor
     target_counts: tuple[int, ...]
@@ -84,7 +75,7 @@ def velocities(transformer: Transformer, rows: Sequence[Row]) -> list[Tensor]:
     layout = transformer.layout(tuple(row.outline for row in rows))
     text = torch.cat([row.text for row in rows])
     image = torch.cat([row.image for row in rows])
-    with sdpa_kernel(_ATTENTIONS, set_priority=True):
+    with sdpa_kernel(BACKENDS, set_priority=True):
         output = transformer(text, image, [row.timestep for row in rows], layout)
     return list(output.split(layout.target_counts))
 
@@ -92,7 +83,15 @@ def velocities(transformer: Transformer, rows: Sequence[Row]) -> list[Tensor]:
 class Transformer(nn.Module):
     """The module that serves, made from one of diffusers' that holds a checkpoint's weights."""
 
-    def __init__(self, source: Any, device: torch.device, dtype: torch.dtype, *, fp8: bool) -> None:
+    def __init__(
+        self,
+        source: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        fp8: bool,
+        int8_attention: bool = False,
+    ) -> None:
         """Takes `source` apart. fp8: multiply in FP8, where weights are in 4 bit."""
         super().__init__()
         self.config = source.config
@@ -105,10 +104,11 @@ class Transformer(nn.Module):
         self.modulation = Modulation(source, device, dtype)
         self.layout = functools.lru_cache(maxsize=8)(self._layout)
         self._ops = _operations(device)
+        attention = Int8(device) if int8_attention else Exact(self._ops)
         scratch = Scratch(device)
         self.blocks = nn.ModuleList()
         for number, block in enumerate(source.transformer_blocks):
-            self.blocks.append(Block(block, self._ops, scratch, fp8=fp8))
+            self.blocks.append(Block(block, self._ops, attention, scratch, fp8=fp8))
             source.transformer_blocks[number] = nn.Identity()  # its weights are copied: let it go
 
     def prepare(self, timesteps: Sequence[float]) -> list[Tensor]:
@@ -153,7 +153,8 @@ class Transformer(nn.Module):
         images = [sum(pictures) for pictures in counts]
         lengths = [text + image for text, image in zip(texts, images, strict=True)]
         starts = [sum(lengths[:row]) for row in range(len(lengths))]
-        rows, ropes = len(outlines), []
+        rows = len(outlines)
+        text_ropes, image_ropes = [], []
         places: list[Tensor] = [torch.arange(a, a + n) for a, n in zip(starts, texts, strict=True)]
         owner: list[Tensor] = [torch.full((n,), row) for row, n in enumerate(texts)]
         targets, target_rows, seen = [], [], 0
@@ -166,13 +167,14 @@ class Transformer(nn.Module):
             target_rows.append(torch.full((target,), row))
             seen += images[row]
             image_rope, text_rope = self.rope([list(shapes)], device=None, max_txt_seq_len=text)
-            ropes += [text_rope, image_rope]
+            text_ropes.append(text_rope)
+            image_ropes.append(image_rope)
         return Layout(
             text_tokens=sum(texts),
-            lengths=tuple(lengths),
-            places=self._index(places),
+            order=Order.of(
+                lengths, torch.cat(places), torch.cat(text_ropes + image_ropes), self.device
+            ),
             owner=self._index(owner),
-            rope=torch.cat(ropes).to(self.device),
             targets=self._index(targets),
             target_rows=self._index(target_rows),
             target_counts=tuple(pictures[0] for pictures in counts),
@@ -185,9 +187,11 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """One of the transformer's blocks."""
 
-    def __init__(self, source: Any, ops: Any, scratch: Scratch, *, fp8: bool) -> None:
+    def __init__(
+        self, source: Any, ops: Any, attention: Attention, scratch: Scratch, *, fp8: bool
+    ) -> None:
         super().__init__()
-        self._ops, attn = ops, source.attn
+        self._ops, self._attention, attn = ops, attention, source.attn
 
         def pair(text: Sequence[Any], image: Sequence[Any]) -> Pair:
             products = [_product(layers, scratch, fp8=fp8) for layers in (text, image)]
@@ -207,11 +211,7 @@ class Block(nn.Module):
     def attend(self, y: Activation, layout: Layout) -> Tensor:
         """Joint attention, each row for itself: (N, width) in and out, stream order."""
         qkv = self.qkv(y, layout.text_tokens)
-        q, k, v = self._ops.to_joint_heads(
-            qkv, self.norms, layout.rope, layout.places, layout.text_tokens
-        )
-        mixed = attention(q, k, v, layout.lengths)
-        mixed = self._ops.to_stream(mixed, layout.places, fp8=self.fp8)
+        mixed = self._attention(qkv, self.norms, layout.order, layout.text_tokens, fp8=self.fp8)
         found: Tensor = self.out(mixed, layout.text_tokens)
         return found
 
@@ -220,21 +220,6 @@ class Block(nn.Module):
         y = self._ops.gelu(self.up(y, text_tokens), fp8=self.fp8)
         found: Tensor = self.down(y, text_tokens)
         return found
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Softmax attention within each row: (N, heads, D) each to (N, heads · D), joint order."""
-    if len(set(lengths)) == 1:  # as a batch, in one call
-        rows = [tensor.view(len(lengths), lengths[0], *tensor.shape[1:]) for tensor in (q, k, v)]
-        return _attend(*rows).reshape(len(q), -1)
-    parts = zip(*(torch.split(part, list(lengths)) for part in (q, k, v)), strict=True)
-    return torch.cat([_attend(*(part[None] for part in row)).flatten(2)[0] for row in parts])
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, L, heads, D) in and out. In this layout, seen through a transpose, cuDNN is fastest."""
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _operations(device: torch.device) -> Any:
