@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from image_worker.errors import InvalidSettings
 
 ModelName = Literal["auto", "edit-2509", "edit-2511", "edit", "image", "image-2512", "mini"]
-Precision = Literal["bf16", "8bit", "4bit"]
+Precision = Literal["bf16", "fp8", "8bit", "4bit"]
 
 
 def _number_in_text(value: object) -> object:
@@ -44,18 +44,18 @@ class Settings(BaseSettings):
         default_factory=_default_model_dir, description="where downloaded weights are kept"
     )
     local_only: bool = Field(False, description="never download")
-    precision_mode: Literal["auto", "bf16", "8bit", "4bit"] = Field(
+    precision_mode: Literal["auto", "bf16", "fp8", "8bit", "4bit"] = Field(
         "auto", description="how weights are stored on the card; auto picks by free memory"
     )
     quantize_components: Literal["all", "text"] = Field(
-        "all", description="what 8bit and 4bit apply to: everything, or the text encoder alone"
+        "all", description="what fp8, 8bit and 4bit apply to: everything, or the text encoder alone"
     )
     bnb_compute: Literal["bf16", "fp16"] = Field(
         "bf16", description="the type in which the model computes"
     )
     compute: Literal["auto", "bf16", "fp8"] = Field(
         "auto",
-        description="what the transformer multiplies 4-bit weights in: fp8, or the type of "
+        description="what the transformer multiplies 4bit and fp8 weights in: fp8, or the type of "
         "BNB_COMPUTE; auto is fp8 where the card has it",
     )
     attention: Literal["auto", "bf16", "int8"] = Field(
@@ -168,11 +168,11 @@ class Settings(BaseSettings):
             )
         if self.compute == "fp8" and (
             self.bnb_compute != "bf16"
-            or self.precision_mode not in ("auto", "4bit")
+            or self.precision_mode not in ("auto", "4bit", "fp8")
             or self.quantize_components != "all"
         ):
             raise InvalidSettings(
-                "COMPUTE=fp8 is for PRECISION_MODE=4bit, BNB_COMPUTE=bf16 and "
+                "COMPUTE=fp8 is for PRECISION_MODE=4bit or fp8, BNB_COMPUTE=bf16 and "
                 "QUANTIZE_COMPONENTS=all; drop it, or set these"
             )
         if self.attention == "int8" and self.bnb_compute != "bf16":

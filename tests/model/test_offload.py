@@ -23,7 +23,7 @@ def _module(precision: Precision) -> nn.Module:
 
 
 @pytest.mark.parametrize("chunk", [2**29, 4096])
-@pytest.mark.parametrize("precision", ["bf16", "8bit", "4bit"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "4bit"])
 def test_the_module_computes_the_same_from_its_copy(
     precision: Precision, chunk: int, monkeypatch: Any
 ) -> None:

@@ -13,15 +13,16 @@ from image_worker.settings import Settings
 # As `stored_bytes` finds them for Qwen-Image-Edit-2509, in GiB.
 SIZES: Any = {
     "bf16": Sizes(int(14.5 * GIB), int(38.1 * GIB), int(0.12 * GIB)),
+    "fp8": Sizes(int(8.4 * GIB), int(12.8 * GIB), int(0.12 * GIB)),
     "8bit": Sizes(int(8.4 * GIB), int(19.2 * GIB), int(0.12 * GIB)),
     "4bit": Sizes(int(5.5 * GIB), int(9.9 * GIB), int(0.12 * GIB)),
 }
 SHAPE = Shape(width=3072, zero_cond_t=False, vae_base=96, tokens=8448, pixels=1024 * 1024)
 
 
-def decide(free: float | None, **variables: str) -> Any:
+def decide(free: float | None, *, has_fp8: bool = False, **variables: str) -> Any:
     settings = Settings.from_env({name.upper(): value for name, value in variables.items()})
-    hardware = Hardware("card", None if free is None else int(free * GIB))
+    hardware = Hardware("card", None if free is None else int(free * GIB), has_fp8=has_fp8)
     return plan(settings, SIZES, SHAPE, hardware)
 
 
@@ -40,6 +41,14 @@ def test_auto_by_free_memory(free: float, precision: str, offload: str) -> None:
     found = decide(free)
     assert (found.precision, found.offload) == (precision, offload)
     assert found.peak <= free * GIB
+
+
+@pytest.mark.parametrize(("free", "precision"), [(79, "bf16"), (47, "fp8"), (23, "4bit")])
+def test_auto_takes_fp8_where_it_is_multiplied_and_leaves_room(free: float, precision: str) -> None:
+    assert decide(free, has_fp8=True).precision == precision
+    assert decide(47, has_fp8=True, compute="bf16").precision == "4bit"
+    assert decide(47, has_fp8=True, bnb_compute="fp16").precision == "4bit"
+    assert decide(23, has_fp8=True, precision_mode="fp8").offload == "none"
 
 
 def test_room_is_counted_in_tokens_as_it_was_planned() -> None:

@@ -15,6 +15,7 @@ from image_worker.edit.denoise import denoise, start
 from image_worker.model.build import Model
 from image_worker.model.components import TEXT_ENCODER, TRANSFORMER
 from image_worker.model.formats import FORMATS
+from image_worker.model.formats.fp8 import Fp8Linear
 from image_worker.model.lora import Lora
 from tests.conftest import MINI, MINI_FOLDER, build_mini, make_picture, mini_model, read_mini
 from tests.pictures import psnr
@@ -27,11 +28,13 @@ def stored(layer: Any) -> Tensor:
         return bnb.functional.dequantize_4bit(layer.weight.data, state).float()
     if isinstance(layer, bnb.nn.Linear8bitLt):
         return layer.state.CB.float() * layer.state.SCB[:, None] / 127
+    if isinstance(layer, Fp8Linear):
+        return layer.weight.float() * layer.scales
     assert isinstance(layer, nn.Linear)
     return layer.weight.float()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "8bit", "4bit"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "4bit"])
 def test_the_lora_survives(precision: str) -> None:
     """Merged before quantising: its projection on what quantised weights changed by is whole."""
     lora = Lora.read(MINI_FOLDER / MINI.lightning[8].path)
@@ -50,14 +53,16 @@ def test_the_lora_survives(precision: str) -> None:
     assert 0.95 <= along / length <= (1.6 if precision == "4bit" else 1.05)
 
 
-@pytest.mark.parametrize(("precision", "kind"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("fp8", "Fp8Linear"), ("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")]
+)
 def test_what_is_quantised(precision: str, kind: str) -> None:
     transformer = read_mini(TRANSFORMER, torch.bfloat16, precision)
     text_encoder = read_mini(TEXT_ENCODER, torch.bfloat16, precision)
     linear = {
         name: type(module).__name__
         for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, (nn.Linear, Fp8Linear))
     }
     in_blocks = {name for name in linear if name.startswith("transformer_blocks.")}
     modulation = {name for name in in_blocks if "_mod." in name}
@@ -75,7 +80,7 @@ def test_quantize_components_text_leaves_the_transformer_alone() -> None:
     assert type(layer).__name__ == "Linear4bit"
 
 
-@pytest.mark.parametrize(("precision", "least"), [("8bit", 30.0), ("4bit", 20.0)])
+@pytest.mark.parametrize(("precision", "least"), [("fp8", 30.0), ("8bit", 30.0), ("4bit", 20.0)])
 def test_the_picture_stays_near_bf16s(precision: str, least: float) -> None:
     def edit(model: Model) -> Any:
         encoded = conditions.encode(model, "make it blue", None, [make_picture()])
@@ -107,7 +112,7 @@ def test_nf4_is_bitsandbytes_own() -> None:
     assert torch.equal(stored(ours), stored(theirs))
 
 
-@pytest.mark.parametrize("precision", ["8bit", "4bit"])
+@pytest.mark.parametrize("precision", ["fp8", "8bit", "4bit"])
 def test_the_forecast_of_a_layers_bytes_is_right(precision: Any) -> None:
     from image_worker.model.offload import _attributes
 

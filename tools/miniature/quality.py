@@ -96,6 +96,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the tables and pictures go")
     parser.add_argument("--per-kind", type=int, default=30, help="edits of each of the 20 kinds")
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument("--attention", default="auto", choices=("auto", "bf16", "int8"))
+    names = [sampling.name for sampling in SAMPLINGS]
+    parser.add_argument("--samplings", nargs="+", default=names, choices=names, metavar="NAME")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     examples = make_examples(options.per_kind)
@@ -106,7 +109,9 @@ def main() -> None:
         for sampling in SAMPLINGS:
             if precision != "bf16" and sampling.name not in QUANTISED:
                 continue
-            model = load(precision, sampling)
+            if sampling.name not in options.samplings:
+                continue
+            model = load(precision, sampling, options.attention)
             encoded = encoded or encode(model, examples)
             clock = time.perf_counter()
             results = edit(model, encoded, sampling)
@@ -132,9 +137,10 @@ def make_examples(per_kind: int) -> Examples:
     return Examples(edits, before, answers, styled, references)
 
 
-def load(precision: str, sampling: Sampling) -> Model:
+def load(precision: str, sampling: Sampling, attention: str = "auto") -> Model:
     settings = Settings.from_env(
         {
+            "ATTENTION": attention,
             "PRECISION_MODE": precision,
             "USE_LIGHTNING_LORA": str(int(sampling.lightning is not None)),
             "LIGHTNING_STEPS": str(sampling.lightning or 8),

@@ -1,7 +1,13 @@
-"""NF4 weights decoded to FP8: just before each product, into a buffer that all of them share."""
+"""NF4 weights decoded to FP8: just before each product, into a buffer that all of them share.
+
+A block of 64 weights can only become 16 values. So each block's values are computed once, packed
+into four registers, and weights are looked up there, four at a time, by the instruction that
+permutes bytes.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +18,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from image_worker.model.linear import Nf4ByFp8
 
-_ROWS, _COLUMNS = 16, 512  # of one program's tile
+_ROWS, _BLOCKS = 8, 32  # of one program's tile
+_WORDS = 8  # of 32 bits in a block of 64 weights
+# Triton's interpreter knows no PTX: there the same is computed in its own words.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def decode(weight: Nf4ByFp8, into: Tensor) -> Tensor:
@@ -21,22 +30,23 @@ def decode(weight: Nf4ByFp8, into: Tensor) -> Tensor:
     columns = 2 * half
     found = into.view(torch.float8_e4m3fn)[: rows * columns].view(rows, columns)
     layers = len(weight.offsets)
-    programs = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
+    programs = (triton.cdiv(rows, _ROWS), triton.cdiv(columns // 64, _BLOCKS))
     _decode_kernel[programs](
-        weight.codes,
+        weight.codes.view(torch.int32),
         weight.scales,
         weight.levels,
         weight.scales_of_scales,
         weight.offsets,
         weight.grid,
         weight.row_scales,
-        found,
+        found.view(torch.int32),
         rows,
-        columns,
+        columns // 64,
         rows // layers,
         weight.scales_of_scales.stride(0),
         ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
+        BLOCKS=_BLOCKS,
+        WORDS=_WORDS,
         num_warps=4,
     )
     return found
@@ -53,32 +63,104 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     row_scales,
     found,
     rows,
-    columns,
+    blocks,
     layer_rows,
     layer_stride,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     layer = row // layer_rows
-    block = tl.program_id(1) * (COLUMNS // 64) + tl.arange(0, COLUMNS // 64)
-    blocks = columns // 64
-    inside = (row < rows)[:, None] & (block < blocks)[None, :]
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)[None, :]
+    inside = (row < rows) & (block < blocks)
+    at = row * blocks + block
+    word = tl.arange(0, WORDS)[None, None, :]
+    packed = tl.load(codes + at[:, :, None] * WORDS + word, mask=inside[:, :, None], other=0)
+
     # Counted from the layer's first block, as its scales of scales are.
-    number = (row % layer_rows)[:, None] * blocks + block[None, :]
-    level = tl.load(scales + row[:, None] * blocks + block[None, :], mask=inside, other=0)
-    outer = layer[:, None] * layer_stride + number // 256
+    number = row % layer_rows * blocks + block
+    level = tl.load(scales + at, mask=inside, other=0)
+    outer = layer * layer_stride + number // 256
     scale = tl.load(levels + level.to(tl.int32)) * tl.load(
         scales_of_scales + outer, mask=inside, other=0.0
     )
-    scale += tl.load(offsets + layer, mask=row < rows, other=0.0)[:, None]
-    scale /= tl.load(row_scales + row, mask=row < rows, other=1.0)[:, None]
+    scale += tl.load(offsets + layer, mask=row < rows, other=0.0)
+    scale /= tl.load(row_scales + row, mask=row < rows, other=1.0)
+    scale = scale[:, :, None]
 
-    pair = tl.arange(0, 32)[None, None, :]
-    at = row[:, None, None] * columns + block[None, :, None] * 64
-    byte = tl.load(codes + at // 2 + pair, mask=inside[:, :, None], other=0).to(tl.int32)
-    first = tl.load(grid + (byte >> 4)) * scale[:, :, None]
-    second = tl.load(grid + (byte & 15)) * scale[:, :, None]
-    values = tl.reshape(tl.join(first, second), (ROWS, COLUMNS // 64, 64))
-    column = tl.arange(0, 64)[None, None, :]
-    tl.store(found + at + column, values.to(tl.float8e4nv), mask=inside[:, :, None])
+    values0 = _four_values(grid, scale)
+    values1 = _four_values(grid + 4, scale)
+    values2 = _four_values(grid + 8, scale)
+    values3 = _four_values(grid + 12, scale)
+    # Within a byte the earlier weight is in the higher half: swapped, they are in order.
+    packed = ((packed >> 4) & 0x0F0F0F0F) | ((packed & 0x0F0F0F0F) << 4)
+    first = _look_up(values0, values1, values2, values3, packed)
+    second = _look_up(values0, values1, values2, values3, packed >> 16)
+    both = tl.reshape(tl.join(first, second), (ROWS, BLOCKS, 2 * WORDS))
+    target = tl.arange(0, 2 * WORDS)[None, None, :]
+    tl.store(found + at[:, :, None] * (2 * WORDS) + target, both, mask=inside[:, :, None])
+
+
+@triton.jit
+def _four_values(grid, scale):  # type: ignore[no-untyped-def]
+    """Four of the grid's values, scaled, in FP8: the first in the lowest byte."""
+    a = tl.load(grid) * scale
+    b = tl.load(grid + 1) * scale
+    c = tl.load(grid + 2) * scale
+    d = tl.load(grid + 3) * scale
+    if _INTERPRETED:
+        return _byte(a) | _byte(b) << 8 | _byte(c) << 16 | _byte(d) << 24
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;"
+        " cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
+        "=r,f,f,f,f",
+        [a, b, c, d],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _byte(value):  # type: ignore[no-untyped-def]
+    return value.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _look_up(values0, values1, values2, values3, codes):  # type: ignore[no-untyped-def]
+    """The values of the four codes of 4 bits in the lower half of `codes`."""
+    low = _permute(values0, values1, codes & 0x7777)
+    high = _permute(values2, values3, codes & 0x7777)
+    # Where a code is 8 or more: 9, which repeats the sign of byte 1 below; and 0 elsewhere.
+    is_high = _permute(0x8000, 0, (codes & 0x8888) | (codes >> 3 & 0x1111))
+    return (high & is_high) | (low & ~is_high)
+
+
+@triton.jit
+def _permute(low, high, selector):  # type: ignore[no-untyped-def]
+    """Of eight bytes, in `low` and `high`, the four that the selector's lowest hex digits count.
+
+    Digits from 8 on count the same bytes again, and get the byte's sign, eight times.
+    """
+    if _INTERPRETED:
+        return (
+            _chosen(low, high, selector)
+            | _chosen(low, high, selector >> 4) << 8
+            | _chosen(low, high, selector >> 8) << 16
+            | _chosen(low, high, selector >> 12) << 24
+        )
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;",
+        "=r,r,r,r",
+        [low, high, selector],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _chosen(low, high, number):  # type: ignore[no-untyped-def]
+    byte = tl.where(number & 4 != 0, high, low) >> (number & 3) * 8 & 0xFF
+    return tl.where(number & 8 != 0, tl.where(byte & 0x80 != 0, 0xFF, 0), byte)

@@ -61,7 +61,7 @@ class Model:
 class Recipe:
     """What is built, where from and in which type: everything but where it will lie.
 
-    loras: merged into the transformer; fp8: the transformer multiplies 4-bit weights in FP8;
+    loras: merged into the transformer; fp8: it multiplies 4-bit and FP8 weights in FP8;
     int8_attention: it attends in int8.
     """
 
@@ -103,10 +103,10 @@ def build(
     sizes = components.sizes(folder, settings, dtype)
     decided = plan(settings, sizes, shape, hardware)
     log.info("plan: %s on %s: %s", entry.name, hardware.name, decided.describe())
-    if settings.compute == "fp8" and not (fp8 and decided.precision == "4bit"):
+    if settings.compute == "fp8" and not (fp8 and decided.precision in ("4bit", "fp8")):
         raise InvalidSettings(
             f"COMPUTE=fp8 is impossible with {decided.precision} weights on {hardware.name}: it "
-            "takes PRECISION_MODE=4bit and a card of compute capability 8.9 or later"
+            "takes PRECISION_MODE=4bit or fp8 and a card of compute capability 8.9 or later"
         )
     int8_attention = _attends_in_int8(settings, decided, hardware, dtype)
     recipe = Recipe(settings, entry, folder, merged, hardware.device, dtype, fp8, int8_attention)

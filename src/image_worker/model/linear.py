@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from image_worker.kernels.reference import FP8_MAX, LEAST_AMAX, Activation, Quantised
+from image_worker.model.formats.fp8 import Fp8Linear
 
 
 class Plain(nn.Module):
@@ -42,6 +43,22 @@ class Modules(nn.Module):
     def forward(self, x: Tensor, into: Tensor) -> None:
         """Into (N, out) from x (N, in)."""
         torch.cat([layer(x) for layer in self.layers], dim=1, out=into)
+
+
+class Fp8(nn.Module):
+    """FP8 weights, multiplied with activations in FP8: of one layer, or of several as one."""
+
+    takes_fp8 = True
+
+    def __init__(self, layers: Sequence[Fp8Linear]) -> None:
+        super().__init__()
+        self.weight = _buffer([layer.weight for layer in layers])
+        self.scales = _buffer([layer.scales for layer in layers])
+        self.bias = _buffer([layer.bias for layer in layers if layer.bias is not None])
+
+    def forward(self, x: Quantised, into: Tensor) -> None:
+        """Into (N, out) from x (N, in)."""
+        multiply_fp8(x, self.weight, self.scales, self.bias, into)
 
 
 class Nf4ByFp8(nn.Module):

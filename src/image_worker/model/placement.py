@@ -22,10 +22,11 @@ GIB = 2**30
 # Measured at full size on one card by `python -m image_worker.bench.full_size`: peak working
 # memory above the weights, per image or text token and unit of model width, and per pixel and unit
 # of the VAE's base width (decoding; encoding takes 12).
-DENOISE_BYTES = {"bf16": 21, "8bit": 45, "4bit": 24}
+DENOISE_BYTES = {"bf16": 21, "fp8": 24, "8bit": 45, "4bit": 24}
 ZERO_COND_BYTES = 12  # more while denoising with `zero_cond_t`: modulation per token, not per row
 VAE_BYTES = 14
 TILE_SIDE = 512  # pixels; a tile's working memory is that of a picture of this size
+FP8_SHARE = 0.75  # of the card, at most, for fp8 by itself: the rest is for batches
 RESERVE = GIB // 2  # the CUDA libraries' own memory and the allocator's gaps
 
 # CPUs, in torch's words, on which a product in bf16 takes 7 times as long as in float32.
@@ -125,15 +126,17 @@ def plan(
 ) -> Plan:
     """Chooses precision and offload: the first that fits, the most exact and fastest first.
 
-    "auto" passes over 8bit: bitsandbytes' int8 takes over twice as long as its NF4.
+    "auto" passes over 8bit, since bitsandbytes' int8 takes over twice as long as its NF4; and over
+    fp8 where the card cannot multiply it.
 
     Raises:
         DoesNotFit: nothing that the settings allow fits; says what it would take.
     """
     tried: list[str] = []
-    for precision, offload in _choices(settings):
+    for precision, offload in _choices(settings, hardware):
         plan = _fit(precision, offload, sizes[precision], shape, hardware)
-        if plan.peak is None or hardware.free is None or plan.peak <= hardware.free:
+        share = FP8_SHARE if precision == "fp8" and settings.precision_mode == "auto" else 1.0
+        if plan.peak is None or hardware.free is None or plan.peak <= share * hardware.free:
             if tried and settings.precision_mode != "auto":
                 log.warning("%s; so with CPU offload", "; ".join(tried))
             return plan
@@ -145,12 +148,18 @@ def plan(
     )
 
 
-def _choices(settings: Settings) -> Iterator[tuple[Precision, Literal["none", "model"]]]:
+def _choices(
+    settings: Settings, hardware: Hardware
+) -> Iterator[tuple[Precision, Literal["none", "model"]]]:
     wanted = settings.precision_mode
     if settings.int8_cpu_offload:
         yield "8bit", "model"
         return
-    precisions: list[Precision] = ["bf16", "4bit"] if wanted == "auto" else [wanted]
+    multiplies_fp8 = (
+        hardware.has_fp8 and settings.compute != "bf16" and settings.bnb_compute == "bf16"
+    )
+    automatic: list[Precision] = ["bf16", "fp8", "4bit"] if multiplies_fp8 else ["bf16", "4bit"]
+    precisions = automatic if wanted == "auto" else [wanted]
     if settings.cpu_offload != "model":
         yield from ((precision, "none") for precision in precisions)
     if settings.cpu_offload != "none":

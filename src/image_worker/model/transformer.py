@@ -20,7 +20,8 @@ from torch.nn.attention import sdpa_kernel
 from image_worker.kernels import reference
 from image_worker.kernels.reference import Activation
 from image_worker.model.attention import BACKENDS, Attention, Exact, Int8, Order
-from image_worker.model.linear import Modules, Nf4ByFp8, Pair, Plain, Scratch
+from image_worker.model.formats.fp8 import Fp8Linear
+from image_worker.model.linear import Fp8, Modules, Nf4ByFp8, Pair, Plain, Scratch
 from image_worker.model.modulation import Modulation
 
 Shape = tuple[int, int, int]  # frames (1), height, width, in tokens
@@ -92,7 +93,7 @@ class Transformer(nn.Module):
         fp8: bool,
         int8_attention: bool = False,
     ) -> None:
-        """Takes `source` apart. fp8: multiply in FP8, where weights are in 4 bit."""
+        """Takes `source` apart. fp8: multiply in FP8, where weights are in FP8 or 4 bit."""
         super().__init__()
         self.config = source.config
         self.zero_cond_t: bool = source.zero_cond_t
@@ -233,8 +234,9 @@ def _operations(device: torch.device) -> Any:
 
 def _product(layers: Sequence[Any], scratch: Scratch, *, fp8: bool) -> nn.Module:
     """How these layers multiply: in FP8 if asked, otherwise as they are."""
-    four_bit = hasattr(layers[0].weight, "quant_state")
-    if four_bit and fp8:
+    if fp8 and isinstance(layers[0], Fp8Linear):
+        return Fp8(layers)
+    if fp8 and hasattr(layers[0].weight, "quant_state"):
         return Nf4ByFp8(layers, scratch)
     if all(type(layer) is nn.Linear for layer in layers):
         return Plain(layers)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from image_worker.model.formats import int8, nf4
+from image_worker.model.formats import fp8, int8, nf4
 from image_worker.settings import Precision
 
 
@@ -30,6 +30,7 @@ class Format:
 
 FORMATS: dict[Precision, Format | None] = {
     "bf16": None,  # as the checkpoint has it
+    "fp8": Format(fp8.encode, fp8.size),
     "8bit": Format(int8.encode, int8.size),
     "4bit": Format(nf4.encode, nf4.size),
 }

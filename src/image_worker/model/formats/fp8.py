@@ -1,0 +1,40 @@
+"""FP8 (e4m3): one float32 scale for each row, so that its largest value is FP8's largest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from image_worker.kernels import reference
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer that widens its weight at every product, so that activations keep their type.
+
+    weight (out, in) float8_e4m3fn; scales (out, 1) float32; bias (out) or None.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: in full precision."""
+        super().__init__()
+        found = reference.quantise(weight)
+        self.weight = nn.Parameter(found.values, requires_grad=False)
+        self.scales = nn.Parameter(found.scales, requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in x's type."""
+        weight = self.weight.to(x.dtype) * self.scales.to(x.dtype)
+        return functional.linear(x, weight, self.bias)
+
+
+def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa: ARG001
+    """A layer that holds `weight` (out, in), quantised on the device it is on."""
+    return Fp8Linear(weight)
+
+
+def size(rows: int, columns: int) -> int:
+    """Bytes: one a value and four a row."""
+    return rows * columns + 4 * rows

@@ -1,0 +1,151 @@
+"""Attention in int8: what it reads, what it computes, and how far that is from exact attention."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from image_worker.kernels import attention, reference
+from image_worker.kernels.reference import FP8, TILE
+from image_worker.model.attention import Order, attend
+from tests.kernels.test_fused import DEVICE, noise, with_carries
+
+HEADS = 3
+LENGTHS = {"one": [300], "whole tiles": [256], "several": [130, 1, 70]}
+ROWS_OF_KEYS = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]  # of each sixteen
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="the kernel is for Hopper",
+)
+
+
+def given(lengths: list[int], size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Order, int]:
+    """qkv, norms, order and how many tokens are text: in stream order a few of each row."""
+    tokens, text_tokens = sum(lengths), len(lengths)
+    qkv = noise(tokens, 3 * HEADS * size, dtype=dtype)
+    qkv[:, -size:] *= 20  # one head's values, and a channel of keys, are far larger
+    qkv[:, HEADS * size + 3] *= 20
+    norms = 1 + noise(2, 2, size, dtype=dtype, seed=1) / 4
+    angles = noise(tokens, size // 2, seed=2).cpu()
+    rope = torch.polar(torch.ones_like(angles), angles)
+    starts = [sum(lengths[:row]) for row in range(len(lengths))]
+    others = [place for place in range(tokens) if place not in starts]
+    order = Order.of(lengths, torch.tensor(starts + others), rope, torch.device(DEVICE))
+    return qkv, norms, order, text_tokens
+
+
+def unswizzled(tiles: Tensor) -> Tensor:
+    """(rows, 128), each row's pieces in order."""
+    pieces = tiles.view(-1, 8, 16)
+    places = torch.arange(8, device=tiles.device) ^ (
+        torch.arange(len(pieces), device=tiles.device) % 8
+    ).view(-1, 1)
+    return pieces.gather(1, places[:, :, None].expand(-1, -1, 16)).view(-1, 128)
+
+
+@pytest.mark.parametrize("size", [32, 128])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_tiles_hold_what_the_reference_rounds(lengths: list[int], size: int) -> None:
+    qkv, norms, order, text_tokens = given(lengths, size, torch.float32)
+    tiles = attention.to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
+    owners = order.owners.long()
+    places, there = len(owners), owners >= 0
+    assert places % TILE == 0 and int(there.sum()) == len(qkv)
+    count = HEADS * places
+    q, k, v = (
+        part[order.places][owners.clamp(min=0)].transpose(0, 1)  # (heads, places, size)
+        for part in reference.to_joint_heads(qkv, norms, order.rope, order.places, text_tokens)
+    )
+
+    queries = unswizzled(tiles.queries[:count]).view(torch.int8).view(HEADS, places, 128).float()
+    scales = tiles.query_scales[:count].view(HEADS, places, 1) * math.sqrt(size) / math.log2(math.e)
+    assert (queries.abs().amax(-1) == 127)[:, there].all()
+    assert not queries[:, ~there].any() and not queries[..., size:].any()
+    assert ((queries * scales)[..., :size] - q)[:, there].abs().le(0.501 * scales[:, there]).all()
+
+    stored = unswizzled(tiles.keys[:count]).view(torch.int8).view(HEADS, -1, 16, 128).float()
+    keys = torch.empty_like(stored)
+    keys[:, :, ROWS_OF_KEYS] = stored
+    keys = keys.view(HEADS, -1, TILE, 128)
+    scales = tiles.scales[..., 0, None, None]
+    error = (keys * scales).view(HEADS, places, 128)[..., :size] - k
+    assert (keys.abs().amax((2, 3)) == 127).all()
+    assert not keys.view(HEADS, places, 128)[:, ~there].any()
+    limit = (0.501 * scales).expand(-1, -1, TILE, 1).reshape(HEADS, places, 1)
+    assert error[:, there].abs().le(limit[:, there]).all()
+
+    bytes_of_values = unswizzled(tiles.values[:count]).view(FP8).view(HEADS, -1, 128, TILE)
+    scales = tiles.scales[..., 1, None, None].exp2()
+    wanted = torch.where(there[:, None], v, 0).view(HEADS, -1, TILE, size) / scales
+    wanted = wanted.to(FP8).transpose(2, 3)
+    values = with_carries(bytes_of_values[:, :, :size], wanted)
+    assert (values == wanted.float()).float().mean() > 0.99
+    assert not bytes_of_values[:, :, size:].float().any()
+
+
+@pytest.mark.parametrize("sharpness", [1, 4])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_the_reference_is_near_exact_attention(lengths: list[int], sharpness: int) -> None:
+    q, k, v = (noise(sum(lengths), HEADS, 64, seed=seed) for seed in range(3))
+    exact = attend(sharpness * q, k, v, lengths)
+    found = reference.attend_int8(sharpness * q, k, v, lengths)
+    assert ((found - exact).norm() / exact.norm()).item() <= 0.045  # FP8 has four bits of a number
+
+
+def test_a_rows_neighbours_do_not_matter_to_the_reference() -> None:
+    q, k, v = (noise(200, HEADS, 64, seed=seed) for seed in range(3))
+    alone = reference.attend_int8(q[130:], k[130:], v[130:], [70])
+    together = reference.attend_int8(q, k, v, [130, 70])
+    torch.testing.assert_close(together[130:], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_of_equal_tokens_is_their_value() -> None:
+    value = noise(HEADS, 64)
+    q = torch.zeros(150, HEADS, 64, device=DEVICE)
+    found = reference.attend_int8(q, q, value.expand(150, -1, -1), [150])
+    torch.testing.assert_close(found, value.flatten().expand(150, -1), rtol=2**-4, atol=0.02)
+
+
+def test_orders_cover_each_token_once() -> None:
+    lengths = [130, 1, 400]
+    _, _, order, _ = given(lengths, 32, torch.float32)
+    owners, tasks = order.owners.tolist(), order.tasks.tolist()
+    assert sorted(owner for owner in owners if owner >= 0) == list(range(sum(lengths)))
+    joint = [owner for owner in owners if owner >= 0]
+    assert [order.places[owner].item() for owner in joint] == list(range(sum(lengths)))
+    covered = [
+        place
+        for start, first, last, _ in tasks
+        for place in range(start, min(start + reference.TASK, last))
+        if first <= place
+    ]
+    assert sorted(covered) == [place for place, owner in enumerate(owners) if owner >= 0]
+    assert all(first % TILE == 0 for _, first, _, _ in tasks)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("size", [32, 128])
+@pytest.mark.parametrize(
+    "lengths", [*LENGTHS.values(), [1280, 1281, 64], [8449]], ids=lambda lengths: str(sum(lengths))
+)
+def test_the_kernel_computes_what_the_reference_does(lengths: list[int], size: int) -> None:
+    from image_worker.kernels import fused
+
+    qkv, norms, order, text_tokens = given(lengths, size, torch.bfloat16)
+    norms = norms * 2  # sharp: a few keys have most of the weight
+    tiles = attention.to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
+    found = attention.attend(tiles, order.tasks, order.owners, len(qkv), size).float()
+    q, k, v = fused.to_joint_heads(qkv, norms, order.rope, order.places, text_tokens)
+    exact = attend(q, k, v, order.lengths)[order.places].float()
+    expected = reference.attend_int8(q, k, v, order.lengths)[order.places].float()
+    theirs = (expected - exact).norm() / exact.norm()
+    assert torch.isfinite(found).all()
+    assert (found - exact).norm() / exact.norm() <= 1.15 * theirs
+    # Both round the same numbers to FP8, at other multiples of two.
+    assert (found - expected).norm() / expected.norm() <= 0.03
+    # No part of the result is lost or shrunk.
+    assert ((found * expected).sum() / expected.square().sum() - 1).abs() <= 0.005
