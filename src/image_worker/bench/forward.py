@@ -1,41 +1,61 @@
 """One forward of the transformer, diffusers' and ours: `python -m image_worker.bench.forward`.
 
 The true architecture with random weights, made on the card (80 GB of it): no files are needed.
-The two measure alternately, forward by forward. "rel." is the distance of the output from the stock
-module's in bf16, relative to its length.
+All ways measure alternately, forward by forward. "rel." is the distance of an output from the
+stock module's, with the same weights in float32, relative to its length.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
-from image_worker.model.formats import nf4
+from image_worker.model.formats import FORMATS
 from image_worker.model.transformer import Row, Transformer, velocities
+from image_worker.settings import Precision
 
 ROUNDS = 9
 PROMPT_TOKENS = 256
 CASES = ((1024, 1), (1024, 2), (512, 1), (1024, 0), (512, 0))  # side of the result, references
+PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8", "4bit")
+OUTLIERS, OUTLIER_SIZE = 4, 20.0  # channels of each kind, and how much larger than the others
 _CARD = torch.device("cuda")
-_COLUMNS = ("result", "references", "weights", "stock ms", "ours ms", "stock rel.", "ours rel.")
+_COLUMNS = ("result", "references", "weights", "how", "ms", "± ms", "rel.")
 
 
 def main() -> None:
-    """Measures every case in bf16 and NF4; prints a table."""
-    rows = {case: random_row(*case) for case in CASES}
+    """Measures every case in every precision; prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--outliers", action="store_true", help="some channels 20 times the others")
+    parser.add_argument("--cases", type=int, nargs="*", help="numbers of cases, from 0")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    options = parser.parse_args()
+    cases = [CASES[number] for number in options.cases or range(len(CASES))]
+    rows = {case: random_row(*case) for case in cases}
     model = random_model()
-    exact = {case: stock(model, row) for case, row in rows.items()}
+    if options.outliers:
+        plant_outliers(model)
+    exact = in_float32(model, rows)
     sys.stdout.write(f"| {' | '.join(_COLUMNS)} |\n{'| --- ' * len(_COLUMNS)}|\n")
-    _compare("bf16", model, rows, exact)
-    quantise(model)
-    _compare("NF4", model, rows, exact)
+    found = []
+    for precision in PRECISIONS:
+        for result in _compare(precision, model, rows, exact, options.rounds):
+            found.append(dict(zip(_COLUMNS, result, strict=True)))
+            sys.stdout.write("| " + " | ".join(map(str, result)) + " |\n")
+            sys.stdout.flush()
+    if options.json:
+        options.json.write_text(json.dumps(found))
 
 
 def random_model() -> Any:
@@ -56,11 +76,41 @@ def random_model() -> Any:
     return model
 
 
-def quantise(model: Any) -> None:
-    """The layers that are stored in 4 bits become bitsandbytes' NF4, in place."""
+def plant_outliers(model: Any) -> None:
+    """Makes channels of every activation that is rounded 20 times as large as the others.
+
+    They are what the first products of both halves of a block read, the MLPs' hidden values, and
+    queries, keys and values in every head.
+    """
+    for block in model.transformer_blocks:
+        width, head = block.attn.to_q.in_features, block.attn.norm_q.weight.numel()
+        for modulation in (block.img_mod[1], block.txt_mod[1]):
+            for scale in (1, 4):
+                start = scale * width
+                modulation.bias[start : start + OUTLIERS] = OUTLIER_SIZE - 1
+        for mlp in (block.img_mlp, block.txt_mlp):
+            mlp.net[0].proj.weight[:OUTLIERS] *= OUTLIER_SIZE
+        for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            getattr(block.attn, norm).weight[:1] = OUTLIER_SIZE**0.5
+        for values in (block.attn.to_v, block.attn.add_v_proj):
+            values.weight.view(-1, head, width)[:, 1] *= OUTLIER_SIZE
+
+
+def in_float32(model: Any, rows: dict[Any, Row]) -> dict[Any, Tensor]:
+    """The stock module's velocities, in float32."""
+    model.float()
+    exact = {case: stock(model, row, torch.float32) for case, row in rows.items()}
+    model.bfloat16()
+    return exact
+
+
+def quantise(model: Any, precision: Precision = "4bit") -> None:
+    """The layers that are stored in few bits become what `precision` makes of them, in place."""
+    form = FORMATS[precision]
+    assert form is not None
     for name, layer in list(model.transformer_blocks.named_modules()):
         if isinstance(layer, nn.Linear) and "_mod." not in name:
-            found = nf4.encode(layer.weight.data, True, torch.bfloat16)
+            found = form.encode(layer.weight.data, True, torch.bfloat16)
             found.bias = layer.bias
             model.transformer_blocks.set_submodule(name, found)
 
@@ -78,43 +128,74 @@ def random_row(side: int, references: int, text: int = PROMPT_TOKENS, seed: int 
 
 
 @torch.inference_mode()
-def stock(model: Any, row: Row) -> Tensor:
+def stock(model: Any, row: Row, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The velocity by diffusers' module."""
     _, height, width = row.shapes[0]
+    timestep = torch.tensor([1000 * row.timestep], device=_CARD).to(torch.bfloat16) / 1000
     output = model(
-        hidden_states=row.image[None],
-        encoder_hidden_states=row.text[None],
-        timestep=torch.tensor([1000 * row.timestep], device=_CARD).to(torch.bfloat16) / 1000,
+        hidden_states=row.image[None].to(dtype),
+        encoder_hidden_states=row.text[None].to(dtype),
+        timestep=timestep.to(dtype),
         img_shapes=[list(row.shapes)],
         return_dict=False,
     )[0]
     return output[0, : height * width]  # type: ignore[no-any-return]
 
 
+def ours(model: Any, *, fp8: bool, int8_attention: bool) -> Transformer:
+    """What serves, of the weights of `model`, which keeps them."""
+    return Transformer(
+        copy.deepcopy(model), _CARD, torch.bfloat16, fp8=fp8, int8_attention=int8_attention
+    ).eval()
+
+
 def _compare(
-    weights: str,
+    precision: Precision,
     model: Any,
     rows: dict[tuple[int, int], Row],
     exact: dict[tuple[int, int], Tensor],
-) -> None:
-    ours = Transformer(copy.deepcopy(model), _CARD, torch.bfloat16, fp8=weights == "NF4")
+    rounds: int,
+) -> Iterator[tuple[Any, ...]]:
+    quantised = model
+    if precision != "bf16":
+        quantised = copy.deepcopy(model)
+        quantise(quantised, precision)
+    capability = torch.cuda.get_device_capability()
+    served: dict[str, Transformer] = {}
+    fp8 = capability >= (8, 9)
+    served["ours, bf16 attention"] = ours(quantised, fp8=fp8, int8_attention=False)
+    if capability == (9, 0):
+        served["ours, int8 attention"] = ours(quantised, fp8=fp8, int8_attention=True)
+    else:
+        sys.stdout.write("int8 attention is left out: this is no Hopper card\n")
     for case, row in rows.items():
-        ways: tuple[Callable[[], Tensor], ...] = (
-            lambda row=row: stock(model, row),  # type: ignore[misc]
-            lambda row=row: velocities(ours, [row])[0],  # type: ignore[misc]
+        ways: dict[str, Callable[[], Tensor]] = {
+            name: lambda transformer=transformer: velocities(transformer, [row])[0]  # type: ignore[misc]  # noqa: B023
+            for name, transformer in served.items()
+        }
+        if precision != "fp8":  # diffusers has none of its own
+            ways = {"stock": lambda: stock(quantised, row)} | ways  # noqa: B023
+        errors = [relative(way(), exact[case]) for way in ways.values()]
+        times = zip(
+            *([_time(way) for way in ways.values()] for _ in range(rounds)),
+            strict=True,
         )
-        errors = [f"{relative(way(), exact[case]):.4f}" for way in ways]
-        rounds = [[_time(way) for way in ways] for _ in range(ROUNDS)]
-        times = [_median(taken) for taken in zip(*rounds, strict=True)]
-        cells = (f"{case[0]}²", case[1], weights, *times, *errors)
-        sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
-        sys.stdout.flush()
+        for name, taken, error in zip(ways, times, errors, strict=True):
+            middle, spread = median(taken)
+            cells = (f"{middle:.1f}", f"{spread:.1f}", f"{error:.4f}")
+            yield (f"{case[0]}²", case[1], precision, name, *cells)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """The length of the difference over that of what is expected."""
     found, expected = found.float(), expected.float()
     return float((found - expected).norm() / expected.norm())
+
+
+def median(times: tuple[float, ...]) -> tuple[float, float]:
+    """With half the distance between the quartiles."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    return middle, (high - low) / 2
 
 
 def _time(way: Callable[[], Tensor]) -> float:
@@ -126,12 +207,6 @@ def _time(way: Callable[[], Tensor]) -> float:
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end))
-
-
-def _median(times: tuple[float, ...]) -> str:
-    """With the spread between the quartiles."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    return f"{middle:.1f} ± {(high - low) / 2:.1f}"
 
 
 if __name__ == "__main__":
