@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
 
 from image_worker.catalog import LIGHTNING_SAMPLER, Sampler
@@ -21,7 +22,7 @@ BASE = Sampler(0.5, 0.9, 256, 8192, 0.02)
 @pytest.mark.parametrize("steps", [2, 3, 8, 40, 100])
 @pytest.mark.parametrize("lightning", [False, True])
 def test_equals_diffusers(lightning: bool, steps: int, tokens: int) -> None:
-    stock = upstream.FlowMatchEulerDiscreteScheduler.from_pretrained(MINI_FOLDER / "scheduler")
+    stock = FlowMatchEulerDiscreteScheduler.from_pretrained(MINI_FOLDER / "scheduler")
     scheduler = upstream.lightning_scheduler() if lightning else stock
     config = scheduler.config
     mu = calculate_shift(

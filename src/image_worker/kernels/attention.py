@@ -54,10 +54,12 @@ class Tiles:
     scales: Tensor
 
 
-def to_tiles(qkv: Tensor, norms: Tensor, rope: Tensor, owners: Tensor, text_tokens: int) -> Tiles:
+def to_tiles(qkv: Tensor, norms: Tensor, turns: Tensor, owners: Tensor, text_tokens: int) -> Tiles:
     """Queries and keys normalised by RMS and rotated, and values, as `reference.to_joint_heads`.
 
-    qkv, norms, rope: as there; owners (places) int32: whose places they are, -1 for padding.
+    qkv, norms: as there; turns (N, D) float16, stream order: cosine, sine, cosine, ... of the
+    angles by which pairs of channels turn; owners (places) int32: which token is in a place, -1
+    for none.
     """
     places, size = len(owners), norms.shape[-1]
     heads = qkv.shape[1] // 3 // size
@@ -68,7 +70,7 @@ def to_tiles(qkv: Tensor, norms: Tensor, rope: Tensor, owners: Tensor, text_toke
     _tiles_kernel[(places // TILE, heads, 3)](
         qkv,
         norms,
-        torch.view_as_real(rope),
+        turns,
         owners,
         room,
         query_scales,
@@ -163,7 +165,7 @@ def _kernel() -> tuple[Any, Any]:
 def _tiles_kernel(  # type: ignore[no-untyped-def]
     qkv,
     norms,
-    rope,
+    turns,
     owners,
     room,
     query_scales,
@@ -187,23 +189,25 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
     inside = (owner >= 0) & (column < SIZE)
     width = heads * SIZE
     at = token * 3 * width + part * width + head * SIZE + column
-    x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
+    loaded = tl.load(qkv + at, mask=inside, other=0.0)
     start = (
         room + part.to(tl.int64) * part_size + (head.to(tl.int64) * places + tile * TILE) * PADDED
     )
     scales += 2 * (head * (places // TILE) + tile)
     if part == 2:
+        x = loaded.to(tl.float32)
         scale = tl.maximum(tl.max(tl.abs(x)), _LEAST_AMAX) / _FP8_MAX
         tl.store(scales + 1, tl.log2(scale))
         values = tl.trans((x * (1 / scale)).to(tl.float8e4nv)).to(tl.uint8, bitcast=True)
         _store_tile(start, values, tl.arange(0, PADDED), PADDED, TILE)
     else:
+        turn = tl.load(turns + token * SIZE + column, mask=inside, other=0.0)
         of_text = tl.load(norms + part * SIZE + column, mask=column < SIZE, other=0.0)
         of_image = tl.load(norms + (2 + part) * SIZE + column, mask=column < SIZE, other=0.0)
+        x = loaded.to(tl.float32)
         x *= tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / SIZE + _EPSILON)
         x *= tl.where(token < text_tokens, of_text, of_image).to(tl.float32)
-        turn = tl.load(rope + token * SIZE + column, mask=inside, other=0.0)
-        cosine, sine = tl.split(tl.reshape(turn, (TILE, PADDED // 2, 2)))
+        cosine, sine = tl.split(tl.reshape(turn.to(tl.float32), (TILE, PADDED // 2, 2)))
         even, odd = tl.split(tl.reshape(x, (TILE, PADDED // 2, 2)))
         turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
         x = tl.reshape(turned, (TILE, PADDED))
