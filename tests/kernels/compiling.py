@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from image_worker.kernels import attention, fused, nf4
 
-BF16, FP8, FP32, HALF = "*bf16", "*fp8e4nv", "*fp32", "*fp16"
+BF16, FP8, FP32 = "*bf16", "*fp8e4nv", "*fp32"
 INT, INDEX, BYTES, INT32 = "i32", "*i64", "*u8", "*i32"
 NORM = dict.fromkeys(("x", "y", "gate", "shift", "scale"), BF16) | {
     "owner": INDEX,
@@ -58,7 +58,7 @@ KERNELS: tuple[tuple[Any, dict[str, str], dict[str, Any], int], ...] = (
     ),
     (
         attention._tiles_kernel,
-        {"qkv": BF16, "norms": BF16, "turns": HALF, "owners": INT32, "room": BYTES}
+        {"qkv": BF16, "norms": BF16, "rope": FP32, "owners": INT32, "room": BYTES}
         | {"query_scales": FP32, "scales": FP32}
         | dict.fromkeys(("places", "text_tokens", "heads"), INT)
         | {"exponent": "fp32", "part_size": INT},

@@ -110,6 +110,7 @@ def _write_config(folder: Path, model: Any) -> None:
 
 
 def _write_shards(folder: Path, model: nn.Module) -> None:
+    stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
     shard: dict[str, Tensor] = {}
     weight_map: dict[str, str] = {}
     count = 0
@@ -117,7 +118,7 @@ def _write_shards(folder: Path, model: nn.Module) -> None:
     def flush() -> None:
         nonlocal count, shard
         count += 1
-        file = f"model-{count:05d}.safetensors"
+        file = f"{stem}-{count:05d}.safetensors"
         save_file(shard, folder / file)
         weight_map.update(dict.fromkeys(shard, file))
         shard = {}
@@ -128,7 +129,7 @@ def _write_shards(folder: Path, model: nn.Module) -> None:
         shard[name] = tensor
     flush()
     index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _random_weights(model: nn.Module, label: str) -> Iterator[tuple[str, Tensor]]:

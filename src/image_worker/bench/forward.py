@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import sys
@@ -50,6 +51,8 @@ def main() -> None:
     sys.stdout.write(f"| {' | '.join(_COLUMNS)} |\n{'| --- ' * len(_COLUMNS)}|\n")
     found = []
     for precision in PRECISIONS:
+        gc.collect()  # the last precision's modules, which hold themselves
+        torch.cuda.empty_cache()
         for result in _compare(precision, model, rows, exact, options.rounds):
             found.append(dict(zip(_COLUMNS, result, strict=True)))
             sys.stdout.write("| " + " | ".join(map(str, result)) + " |\n")

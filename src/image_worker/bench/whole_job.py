@@ -80,6 +80,7 @@ def measure(folder: Path, precisions: Sequence[str], rounds: int) -> list[dict[s
 
     for facts, run in made:
         facts["first job s"] = _timings(run, 0)["total"]
+        sys.stderr.write(f"{json.dumps(facts)}\n")
     taken: list[list[dict[str, float]]] = [[] for _ in made]
     for seed in range(1, rounds + 1):
         for (_, run), found in zip(made, taken, strict=True):

@@ -54,12 +54,10 @@ class Tiles:
     scales: Tensor
 
 
-def to_tiles(qkv: Tensor, norms: Tensor, turns: Tensor, owners: Tensor, text_tokens: int) -> Tiles:
+def to_tiles(qkv: Tensor, norms: Tensor, rope: Tensor, owners: Tensor, text_tokens: int) -> Tiles:
     """Queries and keys normalised by RMS and rotated, and values, as `reference.to_joint_heads`.
 
-    qkv, norms: as there; turns (N, D) float16, stream order: cosine, sine, cosine, ... of the
-    angles by which pairs of channels turn; owners (places) int32: which token is in a place, -1
-    for none.
+    qkv, norms, rope: as there; owners (places) int32: which token is in a place, -1 for none.
     """
     places, size = len(owners), norms.shape[-1]
     heads = qkv.shape[1] // 3 // size
@@ -70,7 +68,7 @@ def to_tiles(qkv: Tensor, norms: Tensor, turns: Tensor, owners: Tensor, text_tok
     _tiles_kernel[(places // TILE, heads, 3)](
         qkv,
         norms,
-        turns,
+        torch.view_as_real(rope),
         owners,
         room,
         query_scales,
@@ -84,6 +82,7 @@ def to_tiles(qkv: Tensor, norms: Tensor, turns: Tensor, owners: Tensor, text_tok
         PADDED=_SIZE,
         TILE=TILE,
         num_warps=8,
+        maxnreg=128,  # so that two programs share a multiprocessor
     )
     return Tiles(room[0], room[1], room[2], query_scales, scales)
 
@@ -165,7 +164,7 @@ def _kernel() -> tuple[Any, Any]:
 def _tiles_kernel(  # type: ignore[no-untyped-def]
     qkv,
     norms,
-    turns,
+    rope,
     owners,
     room,
     query_scales,
@@ -201,13 +200,13 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
         values = tl.trans((x * (1 / scale)).to(tl.float8e4nv)).to(tl.uint8, bitcast=True)
         _store_tile(start, values, tl.arange(0, PADDED), PADDED, TILE)
     else:
-        turn = tl.load(turns + token * SIZE + column, mask=inside, other=0.0)
+        turn = tl.load(rope + token * SIZE + column, mask=inside, other=0.0)
         of_text = tl.load(norms + part * SIZE + column, mask=column < SIZE, other=0.0)
         of_image = tl.load(norms + (2 + part) * SIZE + column, mask=column < SIZE, other=0.0)
         x = loaded.to(tl.float32)
         x *= tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / SIZE + _EPSILON)
         x *= tl.where(token < text_tokens, of_text, of_image).to(tl.float32)
-        cosine, sine = tl.split(tl.reshape(turn.to(tl.float32), (TILE, PADDED // 2, 2)))
+        cosine, sine = tl.split(tl.reshape(turn, (TILE, PADDED // 2, 2)))
         even, odd = tl.split(tl.reshape(x, (TILE, PADDED // 2, 2)))
         turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
         x = tl.reshape(turned, (TILE, PADDED))
@@ -224,7 +223,7 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _int8(x):  # type: ignore[no-untyped-def]
-    return ((x + _ROUND) - _ROUND).to(tl.int8).to(tl.uint8, bitcast=True)
+    return (x + _ROUND).to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit

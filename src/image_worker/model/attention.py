@@ -32,7 +32,7 @@ class Order:
     lengths: of each row; places (N): where in joint order the tokens stand, in stream order;
     rope (N, D / 2) complex64, stream order. The same with each row padded to whole tiles:
     owners (P) int32: which token is in a place, -1 for none; tasks (M, 4) int32: pieces of the
-    rows' queries; turns (N, D) float16: rope, all as `kernels.attention` takes them.
+    rows' queries, as `kernels.attention` takes them.
     """
 
     lengths: tuple[int, ...]
@@ -40,7 +40,6 @@ class Order:
     rope: Tensor
     owners: Tensor
     tasks: Tensor
-    turns: Tensor
 
     @classmethod
     def of(
@@ -63,7 +62,6 @@ class Order:
             rope.to(device),
             torch.cat(owners).to(device, torch.int32),
             torch.tensor(tasks, dtype=torch.int32, device=device),
-            torch.view_as_real(rope).flatten(1).to(device, torch.float16),
         )
 
 
@@ -113,7 +111,7 @@ class Int8:
             return reference.to_stream(mixed, order.places, fp8=fp8)
         from image_worker.kernels import attention, fused
 
-        tiles = attention.to_tiles(qkv, norms, order.turns, order.owners, text_tokens)
+        tiles = attention.to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
         mixed = attention.attend(tiles, order.tasks, order.owners, len(qkv), norms.shape[-1])
         return fused.quantise(mixed) if fp8 else mixed
 

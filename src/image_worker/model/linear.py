@@ -62,10 +62,12 @@ class Fp8(nn.Module):
 
 
 class Nf4ByFp8(nn.Module):
-    """NF4 weights (rows, columns), decoded to FP8 for each product with activations in FP8.
+    """The same product in both streams, with NF4 weights that are decoded to FP8 each time.
 
-    Of one layer, or of several of one shape, one below the other. codes (rows, columns / 2) uint8,
-    the earlier value in the higher half; scales (rows, columns / 64) uint8, which are numbers of
+    Weights (rows, columns) of layers of one shape, one below the other: first those for prompts,
+    then as many for pictures. All are decoded at once, since every launch takes its time.
+
+    codes (rows, columns / 2) uint8, the earlier value in the higher half; scales (rows, columns / 64) uint8, which are numbers of
     `levels` (256); scales_of_scales (layers, a layer's scales / 256, rounded up) and offsets
     (layers), float32: a block's scale is its level times its scale of scales, plus the offset.
     row_scales (rows, 1) float32: what to multiply each decoded row by.
@@ -74,7 +76,7 @@ class Nf4ByFp8(nn.Module):
     takes_fp8 = True
 
     def __init__(self, layers: Sequence[Any], scratch: Scratch) -> None:
-        """layers: bitsandbytes' `Linear4bit`, of one shape."""
+        """layers: bitsandbytes' `Linear4bit`."""
         super().__init__()
         states = [layer.weight.quant_state for layer in layers]
         rows, columns = states[0].shape
@@ -89,15 +91,25 @@ class Nf4ByFp8(nn.Module):
         self._scratch = scratch
         scratch.reserve(self.codes.numel() * 2)
 
-    def forward(self, x: Quantised, into: Tensor) -> None:
-        """Into (N, out) from x (N, in)."""
+    def forward(self, x: Quantised, text_tokens: int) -> Tensor:
+        """As `Pair.forward`."""
         from image_worker.kernels.nf4 import decode
 
-        multiply_fp8(x, decode(self, self._scratch.memory), self.row_scales, self.bias, into)
+        weight = decode(self, self._scratch.memory)
+        half = len(weight) // 2
+        into = _room(x, half)
+        for tokens, rows in (
+            (slice(text_tokens), slice(half)),
+            (slice(text_tokens, None), slice(half, None)),
+        ):
+            multiply_fp8(
+                x[tokens], weight[rows], self.row_scales[rows], self.bias[rows], into[tokens]
+            )
+        return into
 
 
 class Scratch:
-    """Memory for one decoded weight, shared by all layers: they run one after the other."""
+    """Memory for one product's decoded weights, shared by all: they run one after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
@@ -119,9 +131,7 @@ class Pair(nn.Module):
 
     def forward(self, x: Activation, text_tokens: int) -> Tensor:
         """(N, out) from x (N, in), of which the first are prompts' tokens."""
-        values = x.values if isinstance(x, Quantised) else x
-        dtype = torch.bfloat16 if isinstance(x, Quantised) else values.dtype
-        into = torch.empty(len(values), self._width, dtype=dtype, device=values.device)
+        into = _room(x, self._width)
         self.text(x[:text_tokens], into[:text_tokens])
         self.image(x[text_tokens:], into[text_tokens:])
         return into
@@ -139,6 +149,13 @@ def multiply_fp8(x: Quantised, weight: Tensor, scales: Tensor, bias: Tensor, int
         use_fast_accum=True,
         out=into,
     )
+
+
+def _room(x: Activation, width: int) -> Tensor:
+    """For a product's result: as many tokens as x has."""
+    if isinstance(x, Quantised):
+        return x.values.new_empty(len(x.values), width, dtype=torch.bfloat16)
+    return x.new_empty(len(x), width)
 
 
 def _largest(state: Any) -> Tensor:

@@ -194,8 +194,10 @@ class Block(nn.Module):
         super().__init__()
         self._ops, self._attention, attn = ops, attention, source.attn
 
-        def pair(text: Sequence[Any], image: Sequence[Any]) -> Pair:
-            products = [_product(layers, scratch, fp8=fp8) for layers in (text, image)]
+        def pair(text: Sequence[Any], image: Sequence[Any]) -> Pair | Nf4ByFp8:
+            if fp8 and all(hasattr(layer.weight, "quant_state") for layer in (*text, *image)):
+                return Nf4ByFp8([*text, *image], scratch)
+            products = [_product(layers, fp8=fp8) for layers in (text, image)]
             return Pair(products[0], products[1], sum(layer.out_features for layer in image))
 
         self.qkv = pair(
@@ -232,12 +234,10 @@ def _operations(device: torch.device) -> Any:
     return fused
 
 
-def _product(layers: Sequence[Any], scratch: Scratch, *, fp8: bool) -> nn.Module:
+def _product(layers: Sequence[Any], *, fp8: bool) -> nn.Module:
     """How these layers multiply: in FP8 if asked, otherwise as they are."""
     if fp8 and isinstance(layers[0], Fp8Linear):
         return Fp8(layers)
-    if fp8 and hasattr(layers[0].weight, "quant_state"):
-        return Nf4ByFp8(layers, scratch)
     if all(type(layer) is nn.Linear for layer in layers):
         return Plain(layers)
     return Modules(layers)
