@@ -138,7 +138,7 @@ def test_the_kernel_computes_what_the_reference_does(lengths: list[int], size: i
     qkv, norms, order, text_tokens = given(lengths, size, torch.bfloat16)
     norms = norms * 2  # sharp: a few keys have most of the weight
     tiles = attention.to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
-    found = attention.attend(tiles, order.tasks, order.owners, len(qkv), size).float()
+    found = attention.Attend()(tiles, order.tasks, order.owners, len(qkv), size).float()
     q, k, v = fused.to_joint_heads(qkv, norms, order.rope, order.places, text_tokens)
     exact = attend(q, k, v, order.lengths)[order.places].float()
     expected = reference.attend_int8(q, k, v, order.lengths)[order.places].float()

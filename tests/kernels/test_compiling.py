@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from image_worker.kernels import attention
 
 
 @pytest.mark.parametrize("capability", ["89", "90", "120"])
@@ -17,3 +20,15 @@ def test_kernels_compile(capability: str, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("_kernel") == 7
+
+
+def test_attention_compiles_without_spilling_registers() -> None:
+    from cuda.core import Program, ProgramOptions
+
+    source = Path(attention.__file__).with_name("attention_sm90.cu").read_text()
+    options = ProgramOptions(std="c++17", arch="sm_90a", ptxas_options=["-v"])
+    log = io.StringIO()
+    program = Program(source, "c++", options)
+    assert program.compile("cubin", logs=log).get_kernel is not None
+    assert "0 bytes spill stores, 0 bytes spill loads" in log.getvalue()
+    assert "serialized" not in log.getvalue()  # products that wait for each other

@@ -21,6 +21,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
+from image_worker.model.attention import Int8
 from image_worker.model.formats import FORMATS
 from image_worker.model.transformer import Row, Transformer, velocities
 from image_worker.settings import Precision
@@ -147,9 +148,9 @@ def stock(model: Any, row: Row, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def ours(model: Any, *, fp8: bool, int8_attention: bool) -> Transformer:
     """What serves, of the weights of `model`, which keeps them."""
-    return Transformer(
-        copy.deepcopy(model), _CARD, torch.bfloat16, fp8=fp8, int8_attention=int8_attention
-    ).eval()
+    attention = Int8(_CARD) if int8_attention else None
+    made = Transformer(copy.deepcopy(model), _CARD, torch.bfloat16, fp8=fp8, attention=attention)
+    return made.eval()
 
 
 def _compare(

@@ -16,11 +16,9 @@ Each row of a batch begins a new tile. "Places" are tokens counted so, padding i
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -87,49 +85,58 @@ def to_tiles(qkv: Tensor, norms: Tensor, rope: Tensor, owners: Tensor, text_toke
     return Tiles(room[0], room[1], room[2], query_scales, scales)
 
 
-def attend(tiles: Tiles, tasks: Tensor, owners: Tensor, tokens: int, size: int) -> Tensor:
-    """Each row's tokens by its own only: (tokens, heads · size) bfloat16, where `owners` stand.
+class Attend:
+    """The kernel, compiled for the current card."""
 
-    tasks (M, 4) int32: place of the first of 192 queries; of its row's first token, and one after
-    its last; and 0.
-    """
-    heads = len(tiles.scales)
-    result = torch.empty(tokens, heads * size, dtype=torch.bfloat16, device=owners.device)
-    _launch(
-        tiles.queries,
-        tiles.keys,
-        tiles.values,
-        tiles.query_scales,
-        tiles.scales,
-        tasks,
-        owners,
-        result,
-        len(tasks),
-        heads,
-        len(owners),
-        size,
-    )
-    return result
+    def __init__(self, cache: Path | None = None) -> None:
+        """Compiles it, in 0.7 s, or finds it in the folder `cache`.
 
+        Raises:
+            RuntimeError: it cannot run here.
+        """
+        from cuda.bindings import driver
+        from cuda.core import Device, LaunchConfig, Program, ProgramOptions
+        from cuda.core.utils import FileStreamProgramCache
 
-def prepare() -> None:
-    """Compiles the kernel for the current card: 0.7 s that no job waits for.
+        device = Device(torch.cuda.current_device())
+        device.set_current()
+        source = Path(__file__).with_name("attention_sm90.cu").read_text()
+        program = Program(source, "c++", ProgramOptions(std="c++17", arch="sm_90a"))
+        kept = FileStreamProgramCache(cache) if cache else None
+        self._kernel = program.compile("cubin", cache=kept).get_kernel("attend")
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (error,) = driver.cuKernelSetAttribute(
+            attribute, _SHARED_BYTES, self._kernel.handle, device.device_id
+        )
+        if error:
+            raise RuntimeError(f"attention needs {_SHARED_BYTES} bytes of shared memory: {error}")
+        blocks = torch.cuda.get_device_properties().multi_processor_count
+        self._config = LaunchConfig(grid=blocks, block=_THREADS, shmem_size=_SHARED_BYTES)
 
-    Raises:
-        RuntimeError: it cannot run there.
-    """
-    _kernel()
+    def __call__(
+        self, tiles: Tiles, tasks: Tensor, owners: Tensor, tokens: int, size: int
+    ) -> Tensor:
+        """Each row's tokens by its own only: (tokens, heads · size) bfloat16, where `owners` stand.
 
+        tasks (M, 4) int32: place of the first of 192 queries; of its row's first token, and one
+        after its last; and 0.
+        """
+        from cuda.core import launch
 
-def _launch(*arguments: Tensor | int) -> None:
-    from cuda.core import launch
-
-    kernel, config = _kernel()
-    plain = (
-        argument.data_ptr() if isinstance(argument, Tensor) else ctypes.c_int(argument)
-        for argument in arguments
-    )
-    launch(_CurrentStream(), config, kernel, *plain)
+        heads = len(tiles.scales)
+        result = torch.empty(tokens, heads * size, dtype=torch.bfloat16, device=owners.device)
+        tensors = (
+            *(tiles.queries, tiles.keys, tiles.values, tiles.query_scales, tiles.scales),
+            *(tasks, owners, result),
+        )
+        launch(
+            _CurrentStream(),
+            self._config,
+            self._kernel,
+            *(tensor.data_ptr() for tensor in tensors),
+            *(ctypes.c_int(number) for number in (len(tasks), heads, len(owners), size)),
+        )
+        return result
 
 
 class _CurrentStream:
@@ -137,27 +144,6 @@ class _CurrentStream:
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, torch.cuda.current_stream().cuda_stream
-
-
-@functools.cache
-def _kernel() -> tuple[Any, Any]:
-    """The compiled kernel, and how it is launched: one block of threads for each multiprocessor."""
-    from cuda.bindings import driver
-    from cuda.core import Device, LaunchConfig, Program, ProgramOptions
-
-    device = Device(torch.cuda.current_device())
-    device.set_current()
-    source = Path(__file__).with_name("attention_sm90.cu").read_text()
-    options = ProgramOptions(std="c++17", arch="sm_90a")
-    kernel = Program(source, "c++", options=options).compile("cubin").get_kernel("attend")
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (error,) = driver.cuKernelSetAttribute(
-        attribute, _SHARED_BYTES, kernel.handle, device.device_id
-    )
-    if error:
-        raise RuntimeError(f"attention needs {_SHARED_BYTES} bytes of shared memory: {error}")
-    blocks = torch.cuda.get_device_properties().multi_processor_count
-    return kernel, LaunchConfig(grid=blocks, block=_THREADS, shmem_size=_SHARED_BYTES)
 
 
 @triton.jit

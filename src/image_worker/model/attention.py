@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -95,24 +96,26 @@ class Exact:
 class Int8:
     """Queries and keys in int8, the rest in FP8: on Hopper, or slowly, as the reference."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._is_slow = device.type != "cuda"
-        if not self._is_slow:
-            from image_worker.kernels import attention
+    def __init__(self, device: torch.device, cache: Path | None = None) -> None:
+        """cache: a folder for compiled kernels."""
+        self._attend = None
+        if device.type == "cuda":
+            from image_worker.kernels.attention import Attend
 
-            attention.prepare()
+            self._attend = Attend(cache)
 
     def __call__(
         self, qkv: Tensor, norms: Tensor, order: Order, text_tokens: int, *, fp8: bool
     ) -> Activation:
-        if self._is_slow:
+        if self._attend is None:
             q, k, v = reference.to_joint_heads(qkv, norms, order.rope, order.places, text_tokens)
             mixed = reference.attend_int8(q, k, v, order.lengths)
             return reference.to_stream(mixed, order.places, fp8=fp8)
-        from image_worker.kernels import attention, fused
+        from image_worker.kernels import fused
+        from image_worker.kernels.attention import to_tiles
 
-        tiles = attention.to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
-        mixed = attention.attend(tiles, order.tasks, order.owners, len(qkv), norms.shape[-1])
+        tiles = to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
+        mixed = self._attend(tiles, order.tasks, order.owners, len(qkv), norms.shape[-1])
         return fused.quantise(mixed) if fp8 else mixed
 
 

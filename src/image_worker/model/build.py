@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 from image_worker.catalog import LIGHTNING_SAMPLER, ModelEntry, Sampler
 from image_worker.errors import DoesNotFit, InvalidSettings
 from image_worker.model import components, files, weights
+from image_worker.model.attention import Int8
 from image_worker.model.cold_start import ColdStart
 from image_worker.model.components import Component
 from image_worker.model.lora import Lora
@@ -173,14 +175,27 @@ def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.M
     if isinstance(module, PictureVae):
         module.fold()
     if component is components.TRANSFORMER:
+        cache = _kernel_cache(recipe.settings)
         module = Transformer(
             module,
             recipe.device,
             recipe.dtype,
             fp8=recipe.fp8,
-            int8_attention=recipe.int8_attention,
+            attention=Int8(recipe.device, cache) if recipe.int8_attention else None,
         )
     return module.eval().to(recipe.device)  # buffers, which no checkpoint holds
+
+
+def _kernel_cache(settings: Settings) -> Path | None:
+    """Where compiled kernels are kept, so that the next start finds them: beside the weights."""
+    folder = settings.model_dir / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.info("compiled kernels are not kept: %s", error)
+        return None
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    return folder / "cuda"
 
 
 def read_component(recipe: Recipe, component: Component, precision: Precision) -> nn.Module:

@@ -67,10 +67,11 @@ class Nf4ByFp8(nn.Module):
     Weights (rows, columns) of layers of one shape, one below the other: first those for prompts,
     then as many for pictures. All are decoded at once, since every launch takes its time.
 
-    codes (rows, columns / 2) uint8, the earlier value in the higher half; scales (rows, columns / 64) uint8, which are numbers of
-    `levels` (256); scales_of_scales (layers, a layer's scales / 256, rounded up) and offsets
-    (layers), float32: a block's scale is its level times its scale of scales, plus the offset.
-    row_scales (rows, 1) float32: what to multiply each decoded row by.
+    codes (rows, columns / 2) uint8, the earlier value in the higher half; scales (rows,
+    columns / 64) uint8, which are numbers of `levels` (256); scales_of_scales (layers, a layer's
+    scales / 256, rounded up) and offsets (layers), float32: a block's scale is its level times its
+    scale of scales, plus the offset. row_scales (rows, 1) float32: what to multiply each decoded
+    row by.
     """
 
     takes_fp8 = True

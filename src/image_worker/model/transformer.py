@@ -19,7 +19,7 @@ from torch.nn.attention import sdpa_kernel
 
 from image_worker.kernels import reference
 from image_worker.kernels.reference import Activation
-from image_worker.model.attention import BACKENDS, Attention, Exact, Int8, Order
+from image_worker.model.attention import BACKENDS, Attention, Exact, Order
 from image_worker.model.formats.fp8 import Fp8Linear
 from image_worker.model.linear import Fp8, Modules, Nf4ByFp8, Pair, Plain, Scratch
 from image_worker.model.modulation import Modulation
@@ -91,7 +91,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype,
         *,
         fp8: bool,
-        int8_attention: bool = False,
+        attention: Attention | None = None,
     ) -> None:
         """Takes `source` apart. fp8: multiply in FP8, where weights are in FP8 or 4 bit."""
         super().__init__()
@@ -105,7 +105,7 @@ class Transformer(nn.Module):
         self.modulation = Modulation(source, device, dtype)
         self.layout = functools.lru_cache(maxsize=8)(self._layout)
         self._ops = _operations(device)
-        attention = Int8(device) if int8_attention else Exact(self._ops)
+        attention = attention or Exact(self._ops)
         scratch = Scratch(device)
         self.blocks = nn.ModuleList()
         for number, block in enumerate(source.transformer_blocks):
