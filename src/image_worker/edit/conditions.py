@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
@@ -31,7 +33,7 @@ class Reference:
     """A picture, reduced to what the model reads of it.
 
     ratio: width / height as it came; seen: for the text encoder;
-    pixels: for the VAE, (1, 3, 1, height, width) in [-1, 1], float32;
+    pixels: for the VAE, (height, width, 3) uint8;
     key: a hash of both, the same for equal pictures only.
     """
 
@@ -43,7 +45,8 @@ class Reference:
     @property
     def shape(self) -> Shape:
         """Its size in tokens."""
-        return sizes.tokens(self.pixels.shape[-1], self.pixels.shape[-2])
+        height, width, _ = self.pixels.shape
+        return sizes.tokens(width, height)
 
 
 @dataclass(frozen=True)
@@ -164,12 +167,15 @@ def as_reference(model: Model, image: Image.Image) -> Reference:
     processor = VaeImageProcessor(vae_scale_factor=sizes.TOKEN)
     ratio = image.width / image.height
     width, height = sizes.fit_area(model.entry.area, ratio)
-    fitted = seen = processor.resize(image, height, width)
-    if model.entry.vision_area is not None:  # the first Edit model shows both the same picture
-        seen_width, seen_height = sizes.fit_area(model.entry.vision_area, ratio)
-        seen = processor.resize(image, seen_height, seen_width)
-    pixels = processor.preprocess(fitted, height, width).unsqueeze(2)
-    return Reference(ratio, seen, pixels, _hash(fitted, seen))
+    with ThreadPoolExecutor(1) as beside:  # Pillow lets go of the interpreter while it resizes
+        fitting = beside.submit(processor.resize, image, height, width)
+        if model.entry.vision_area is not None:
+            seen_width, seen_height = sizes.fit_area(model.entry.vision_area, ratio)
+            seen = processor.resize(image, seen_height, seen_width)
+        fitted = fitting.result()
+    if model.entry.vision_area is None:  # the first Edit model shows both the same picture
+        seen = fitted
+    return Reference(ratio, seen, torch.from_numpy(np.array(fitted)), _hash(fitted, seen))
 
 
 def _hash(*images: Image.Image) -> bytes:
@@ -222,9 +228,12 @@ def _encode_picture(model: Model, reference: Reference) -> Tensor:
 
     def run() -> Tensor:
         model.placement.bring("vae")
-        pixels = reference.pixels
-        with tiles_where_needed(model, pixels.shape[-1] * pixels.shape[-2]):
-            posterior = model.vae.encode(pixels.to(model.device, model.dtype)).latent_dist
+        height, width, _ = reference.pixels.shape
+        pixels = reference.pixels.to(model.device).permute(2, 0, 1)[None, :, None]
+        # In the stock processor's order, so that they round alike.
+        pixels = (2 * (pixels.float() / 255) - 1).to(model.dtype).contiguous()
+        with tiles_where_needed(model, width * height):
+            posterior = model.vae.encode(pixels).latent_dist
         mean, deviation = statistics(model.vae, model.device, model.dtype)
         return pack((posterior.mode() - mean) / deviation)
 

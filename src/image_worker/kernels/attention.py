@@ -80,7 +80,6 @@ def to_tiles(qkv: Tensor, norms: Tensor, rope: Tensor, owners: Tensor, text_toke
         PADDED=_SIZE,
         TILE=TILE,
         num_warps=8,
-        maxnreg=128,  # so that two programs share a multiprocessor
     )
     return Tiles(room[0], room[1], room[2], query_scales, scales)
 
@@ -209,7 +208,7 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _int8(x):  # type: ignore[no-untyped-def]
-    return (x + _ROUND).to(tl.int32, bitcast=True).to(tl.uint8)
+    return ((x + _ROUND) - _ROUND).to(tl.int8).to(tl.uint8, bitcast=True)
 
 
 @triton.jit

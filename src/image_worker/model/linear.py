@@ -64,8 +64,9 @@ class Fp8(nn.Module):
 class Nf4ByFp8(nn.Module):
     """The same product in both streams, with NF4 weights that are decoded to FP8 each time.
 
-    Weights (rows, columns) of layers of one shape, one below the other: first those for prompts,
-    then as many for pictures. All are decoded at once, since every launch takes its time.
+    Weights (rows, columns) of layers of one shape, one below the other: first those for pictures,
+    then as many for prompts. All are decoded at once, since every launch takes its time; what was
+    decoded last is still in the card's cache for the product that waits for memory most.
 
     codes (rows, columns / 2) uint8, the earlier value in the higher half; scales (rows,
     columns / 64) uint8, which are numbers of `levels` (256); scales_of_scales (layers, a layer's
@@ -100,8 +101,8 @@ class Nf4ByFp8(nn.Module):
         half = len(weight) // 2
         into = _room(x, half)
         for tokens, rows in (
-            (slice(text_tokens), slice(half)),
-            (slice(text_tokens, None), slice(half, None)),
+            (slice(text_tokens), slice(half, None)),
+            (slice(text_tokens, None), slice(half)),
         ):
             multiply_fp8(
                 x[tokens], weight[rows], self.row_scales[rows], self.bias[rows], into[tokens]

@@ -196,7 +196,7 @@ class Block(nn.Module):
 
         def pair(text: Sequence[Any], image: Sequence[Any]) -> Pair | Nf4ByFp8:
             if fp8 and all(hasattr(layer.weight, "quant_state") for layer in (*text, *image)):
-                return Nf4ByFp8([*text, *image], scratch)
+                return Nf4ByFp8([*image, *text], scratch)
             products = [_product(layers, fp8=fp8) for layers in (text, image)]
             return Pair(products[0], products[1], sum(layer.out_features for layer in image))
 

@@ -31,6 +31,7 @@ def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:
     layer.weight = Params4bit(
         weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
     ).to(weight.device)
+    layer.weight.module = None  # or the two keep each other alive when nobody needs them any more
     return layer  # type: ignore[no-any-return]
 
 
