@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests tools handler.py
 
-.PHONY: run test check format test-gpu bench bench-forward bench-quality bench-load bench-loop-lag bench-throughput miniature image clean
+.PHONY: run test check format test-gpu bench bench-forward bench-job bench-memory bench-quality bench-load bench-loop-lag bench-throughput miniature image clean
 
 run: $(VENV)/run.stamp  ## set up, and edit one picture (on the miniature where there is no GPU)
 	$(BIN)/python handler.py --test_input "$$(cat test_input.json)"
@@ -25,13 +25,19 @@ format: $(VENV)/dev.stamp  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff check --fix $(CODE)
 
 test-gpu: $(VENV)/dev.stamp  ## the tests that need a CUDA card (full size: 80 GB of it)
-	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python -m pytest -m gpu tests/gpu tests/kernels
 
-bench: $(VENV)/dev.stamp  ## cold start, memory and speed at full size, on a CUDA card
+bench: bench-forward bench-job  ## stock diffusers and ours in turns, at full size, on a CUDA card
+
+bench-forward: $(VENV)/dev.stamp  ## one forward of the transformer, by precision, size and references
+	$(BIN)/python -m image_worker.bench.forward --json bench-forward.json
+	$(BIN)/python -m image_worker.bench.forward --outliers --cases 0 --json bench-outliers.json
+
+bench-job: $(VENV)/dev.stamp  ## a whole job, JSON in to PNG out, by stage
+	$(BIN)/python -m image_worker.bench.whole_job bench-checkpoint --precisions 4bit fp8 --json bench-job.json
+
+bench-memory: $(VENV)/dev.stamp  ## cold start, memory and speed by PRECISION_MODE, CPU_OFFLOAD and GPU_MAX_GIB
 	$(BIN)/python -m image_worker.bench.full_size bench-checkpoint
-
-bench-forward: $(VENV)/dev.stamp  ## one forward of the transformer, stock and ours, on a CUDA card of 80 GB
-	$(BIN)/python -m image_worker.bench.forward
 
 bench-quality: $(VENV)/dev.stamp  ## which held-out edits the miniature passes, per precision and sampler
 	$(BIN)/python -m tools.miniature.quality bench-quality

@@ -15,8 +15,8 @@ import torch
 from image_worker.catalog import LIGHTNING_SAMPLER
 from image_worker.errors import DoesNotFit, InvalidSettings, ModelMismatch
 from image_worker.model import build as build_module
-from image_worker.model.build import _compute_dtype, build
-from image_worker.model.placement import GIB, Hardware
+from image_worker.model.build import _attends_in_int8, _compute_dtype, build, kernel_cache
+from image_worker.model.placement import GIB, Hardware, Plan
 from image_worker.settings import Settings
 from tests.conftest import MINI, MINI_FOLDER, build_mini, mini_model
 
@@ -94,6 +94,59 @@ def test_what_does_not_fit_is_tried_again_with_offload(monkeypatch: Any, caplog:
     assert model.plan.offload == "model"
     model.placement.bring("transformer")
     model.placement.bring("vae")
+
+
+HOPPER = Hardware("H200", 100 * GIB, has_fp8=True, is_hopper=True)
+ADA = Hardware("L40S", 100 * GIB, has_fp8=True)
+CPU = Hardware("CPU")
+
+
+@pytest.mark.parametrize(
+    ("attention", "hardware", "precision", "expected"),
+    [
+        ("auto", HOPPER, "4bit", True),
+        ("auto", HOPPER, "fp8", True),
+        ("auto", HOPPER, "bf16", False),
+        ("int8", HOPPER, "bf16", True),
+        ("bf16", HOPPER, "4bit", False),
+        ("auto", ADA, "4bit", False),
+        ("auto", CPU, "4bit", False),
+        ("int8", CPU, "4bit", True),
+    ],
+)
+def test_where_attention_is_in_int8(
+    attention: str, hardware: Hardware, precision: Any, expected: bool
+) -> None:
+    settings = Settings.from_env({"ATTENTION": attention})
+    plan = Plan(precision, "none", None, None, None)
+    assert _attends_in_int8(settings, plan, hardware, torch.bfloat16) == expected
+
+
+def test_attention_in_int8_that_cannot_run_is_refused(monkeypatch: Any) -> None:
+    settings = Settings.from_env({"ATTENTION": "int8"})
+    plan = Plan("4bit", "none", None, None, None)
+    with pytest.raises(InvalidSettings, match="ATTENTION=int8 is impossible on L40S"):
+        _attends_in_int8(settings, plan, ADA, torch.bfloat16)
+
+    def fail(*_: Any) -> None:
+        raise ImportError("No module named 'cuda'")
+
+    monkeypatch.setattr(build_module, "Int8", fail)
+    with pytest.raises(InvalidSettings, match="set ATTENTION=bf16"):
+        build_mini(torch.bfloat16, attention="int8")
+
+
+def test_compiled_kernels_are_kept_beside_the_weights(tmp_path: Path, monkeypatch: Any) -> None:
+    import triton
+
+    usual = Path(triton.knobs.cache.home_dir) / ".triton" / "cache"
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(usual))
+    assert kernel_cache(Settings(model_dir=tmp_path)) == tmp_path / "kernels" / "cuda"
+    assert triton.knobs.cache.dir == str(tmp_path / "kernels" / "triton")
+    kernel_cache(Settings(model_dir=tmp_path / "other"))
+    assert triton.knobs.cache.dir == str(tmp_path / "kernels" / "triton"), "one was chosen"
+    (tmp_path / "file").touch()
+    assert kernel_cache(Settings(model_dir=tmp_path / "file")) is None
 
 
 @pytest.mark.parametrize(("offload", "tries"), [("auto", 2), ("none", 1), ("model", 1)])

@@ -92,6 +92,21 @@ def test_the_picture_stays_near_bf16s(precision: str, least: float) -> None:
     assert psnr(edit(mini_model(torch.bfloat16, precision_mode=precision)), exact) >= least
 
 
+def test_the_picture_stays_near_with_attention_in_int8() -> None:
+    def edit(attention: str) -> Any:
+        model = mini_model(torch.bfloat16, attention=attention)
+        encoded = conditions.encode(model, "make it blue", None, [make_picture()])
+        pictures = [
+            start(model, encoded, size, seed=1, steps=8, cfg_scale=1.0)
+            for size in ((128, 128), (96, 160))  # two rows of one batch, of two lengths
+        ]
+        denoise(model, pictures)
+        return [decode(model, picture) for picture in pictures]
+
+    for found, exact in zip(edit("int8"), edit("bf16"), strict=True):
+        assert 25 <= psnr(found, exact) < 100
+
+
 def test_layers_compute_as_told() -> None:
     weight = torch.randn(64, 64).bfloat16()
     nf4, int8 = (FORMATS[name] for name in ("4bit", "8bit"))  # type: ignore[index]

@@ -7,7 +7,6 @@ permutes bytes.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 _ROWS, _BLOCKS = 8, 32  # of one program's tile
 _WORDS = 8  # of 32 bits in a block of 64 weights
 # Triton's interpreter knows no PTX: there the same is computed in its own words.
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def decode(weight: Nf4ByFp8, into: Tensor) -> Tensor:

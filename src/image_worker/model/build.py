@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,26 +174,39 @@ def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.M
     if isinstance(module, PictureVae):
         module.fold()
     if component is components.TRANSFORMER:
-        cache = _kernel_cache(recipe.settings)
-        module = Transformer(
-            module,
-            recipe.device,
-            recipe.dtype,
-            fp8=recipe.fp8,
-            attention=Int8(recipe.device, cache) if recipe.int8_attention else None,
-        )
+        module = _served(recipe, module)
     return module.eval().to(recipe.device)  # buffers, which no checkpoint holds
 
 
-def _kernel_cache(settings: Settings) -> Path | None:
-    """Where compiled kernels are kept, so that the next start finds them: beside the weights."""
+def _served(recipe: Recipe, source: Any) -> Transformer:
+    cache = kernel_cache(recipe.settings) if recipe.device.type == "cuda" else None
+    attention = None
+    if recipe.int8_attention:
+        try:
+            attention = Int8(recipe.device, cache)
+        except (ImportError, RuntimeError) as error:
+            raise InvalidSettings(
+                f"attention in int8 does not run here ({error}); set ATTENTION=bf16 to go without"
+            ) from error
+    return Transformer(source, recipe.device, recipe.dtype, fp8=recipe.fp8, attention=attention)
+
+
+def kernel_cache(settings: Settings) -> Path | None:
+    """Has Triton keep compiled kernels beside the weights, where the next start finds them.
+
+    Returns the folder for kernels that are not Triton's, or None where nothing can be written.
+    """
+    import triton
+
     folder = settings.model_dir / "kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         log.info("compiled kernels are not kept: %s", error)
         return None
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    usual = Path(triton.knobs.cache.home_dir) / ".triton" / "cache"
+    if Path(triton.knobs.cache.dir) == usual:  # nobody chose another one
+        triton.knobs.cache.dir = str(folder / "triton")
     return folder / "cuda"
 
 
