@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import get_args
 
@@ -150,6 +151,23 @@ def test_every_requirement_is_pinned() -> None:
         exact = re.fullmatch(r"[\w-]+==[\w.]+(; sys_platform == \"linux\")?", line)
         # torch's CUDA build has a say in this one; its CPU build has not.
         assert line.startswith(("#", "cuda-bindings>=13,<14;")) or exact, line
+
+
+def test_the_package_holds_every_file_that_it_reads() -> None:
+    """The image installs the package, and has no sources beside it."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    package = ROOT / "src" / "image_worker"
+    held = {
+        path
+        for pattern in options["package-data"]["image_worker"]
+        for path in package.glob(pattern)
+    }
+    others = {
+        path
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc", ".md")
+    }
+    assert others and others <= held, others - held
 
 
 def imports(path: Path) -> set[str]:

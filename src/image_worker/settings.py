@@ -41,7 +41,8 @@ class Settings(BaseSettings):
     )
     model_revision: str | None = Field(None, description="commit, tag or branch of the repo")
     model_dir: Path = Field(
-        default_factory=_default_model_dir, description="where downloaded weights are kept"
+        default_factory=_default_model_dir,
+        description="where downloaded weights and compiled kernels are kept",
     )
     local_only: bool = Field(False, description="never download")
     precision_mode: Literal["auto", "bf16", "fp8", "8bit", "4bit"] = Field(

@@ -15,7 +15,7 @@ import torch
 from image_worker.catalog import LIGHTNING_SAMPLER
 from image_worker.errors import DoesNotFit, InvalidSettings, ModelMismatch
 from image_worker.model import build as build_module
-from image_worker.model.build import _attends_in_int8, _compute_dtype, build, kernel_cache
+from image_worker.model.build import _attends_in_int8, _compute_dtype, build, keep_kernels
 from image_worker.model.placement import GIB, Hardware, Plan
 from image_worker.settings import Settings
 from tests.conftest import MINI, MINI_FOLDER, build_mini, mini_model
@@ -120,6 +120,10 @@ def test_where_attention_is_in_int8(
     settings = Settings.from_env({"ATTENTION": attention})
     plan = Plan(precision, "none", None, None, None)
     assert _attends_in_int8(settings, plan, hardware, torch.bfloat16) == expected
+    # A transformer that stays in full precision does not attend in less by itself.
+    text = settings.model_copy(update={"quantize_components": "text"})
+    automatic = attention == "auto"
+    assert _attends_in_int8(text, plan, hardware, torch.bfloat16) == (expected and not automatic)
 
 
 def test_attention_in_int8_that_cannot_run_is_refused(monkeypatch: Any) -> None:
@@ -139,14 +143,14 @@ def test_attention_in_int8_that_cannot_run_is_refused(monkeypatch: Any) -> None:
 def test_compiled_kernels_are_kept_beside_the_weights(tmp_path: Path, monkeypatch: Any) -> None:
     import triton
 
-    usual = Path(triton.knobs.cache.home_dir) / ".triton" / "cache"
+    usual = Path.home() / ".triton" / "cache"
     monkeypatch.setattr(triton.knobs.cache, "dir", str(usual))
-    assert kernel_cache(Settings(model_dir=tmp_path)) == tmp_path / "kernels" / "cuda"
+    assert keep_kernels(Settings(model_dir=tmp_path)) == tmp_path / "kernels" / "cuda"
     assert triton.knobs.cache.dir == str(tmp_path / "kernels" / "triton")
-    kernel_cache(Settings(model_dir=tmp_path / "other"))
+    keep_kernels(Settings(model_dir=tmp_path / "other"))
     assert triton.knobs.cache.dir == str(tmp_path / "kernels" / "triton"), "one was chosen"
     (tmp_path / "file").touch()
-    assert kernel_cache(Settings(model_dir=tmp_path / "file")) is None
+    assert keep_kernels(Settings(model_dir=tmp_path / "file")) is None
 
 
 @pytest.mark.parametrize(("offload", "tries"), [("auto", 2), ("none", 1), ("model", 1)])

@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the tables and pictures go")
     parser.add_argument("--per-kind", type=int, default=30, help="edits of each of the 20 kinds")
-    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=(*PRECISIONS, "fp8"))
     parser.add_argument("--attention", default="auto", choices=("auto", "bf16", "int8"))
     names = [sampling.name for sampling in SAMPLINGS]
     parser.add_argument("--samplings", nargs="+", default=names, choices=names, metavar="NAME")

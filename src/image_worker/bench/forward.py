@@ -93,7 +93,7 @@ def plant_outliers(model: Any) -> None:
     """Makes channels of every activation that is rounded 20 times as large as the others.
 
     They are what the first products of both halves of a block read, the MLPs' hidden values, and
-    queries, keys and values in every head.
+    each head's values; of its queries and keys √20 times each, so that their product is 20 times.
     """
     for block in model.transformer_blocks:
         width, head = block.attn.to_q.in_features, block.attn.norm_q.weight.numel()

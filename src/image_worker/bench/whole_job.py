@@ -31,7 +31,7 @@ from image_worker.settings import Settings
 from image_worker.worker import Worker
 
 STEPS = 4
-ROUNDS = 7
+ROUNDS = 5
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import ctypes
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -26,11 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from image_worker.kernels.fused import _EPSILON, _FP8_MAX, _LEAST_AMAX
-from image_worker.kernels.reference import TASK, TILE
+from image_worker.kernels.reference import LEAST_VALUE, TASK, TILE
 
-_THREADS = 512
+_GROUPS = TASK // 64  # warpgroups that compute; one more copies
 _STAGES, _SIZE = 4, 128
+# Queries, tiles of keys and of values with eight rows of ones, barriers; and to align them.
 _SHARED_BYTES = _SIZE * (TASK + _STAGES * (2 * TILE + 8)) + 8 * (2 + 4 * _STAGES) + 1024
+_LEAST_VALUE = tl.constexpr(LEAST_VALUE)
 _INT8_MAX = tl.constexpr(127.0)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: added and taken away, it rounds to an integer
 
@@ -58,6 +61,8 @@ def to_tiles(qkv: Tensor, norms: Tensor, rope: Tensor, owners: Tensor, text_toke
     qkv, norms, rope: as there; owners (places) int32: which token is in a place, -1 for none.
     """
     places, size = len(owners), norms.shape[-1]
+    if size > _SIZE:
+        raise ValueError(f"heads have {size} channels; {_SIZE} at most")
     heads = qkv.shape[1] // 3 // size
     device = qkv.device
     room = torch.empty(3, heads * places + TILE, _SIZE, dtype=torch.uint8, device=device)
@@ -91,18 +96,14 @@ class Attend:
         """Compiles it, in 0.7 s, or finds it in the folder `cache`.
 
         Raises:
-            RuntimeError: it cannot run here.
+            Exception: it cannot run here. Errors of CUDA's packages have no kind of their own.
         """
         from cuda.bindings import driver
-        from cuda.core import Device, LaunchConfig, Program, ProgramOptions
-        from cuda.core.utils import FileStreamProgramCache
+        from cuda.core import Device, LaunchConfig
 
         device = Device(torch.cuda.current_device())
         device.set_current()
-        source = Path(__file__).with_name("attention_sm90.cu").read_text()
-        program = Program(source, "c++", ProgramOptions(std="c++17", arch="sm_90a"))
-        kept = FileStreamProgramCache(cache) if cache else None
-        self._kernel = program.compile("cubin", cache=kept).get_kernel("attend")
+        self._kernel = compiled(cache).get_kernel("attend")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (error,) = driver.cuKernelSetAttribute(
             attribute, _SHARED_BYTES, self._kernel.handle, device.device_id
@@ -110,7 +111,9 @@ class Attend:
         if error:
             raise RuntimeError(f"attention needs {_SHARED_BYTES} bytes of shared memory: {error}")
         blocks = torch.cuda.get_device_properties().multi_processor_count
-        self._config = LaunchConfig(grid=blocks, block=_THREADS, shmem_size=_SHARED_BYTES)
+        self._config = LaunchConfig(
+            grid=blocks, block=128 * (_GROUPS + 1), shmem_size=_SHARED_BYTES
+        )
 
     def __call__(
         self, tiles: Tiles, tasks: Tensor, owners: Tensor, tokens: int, size: int
@@ -136,6 +139,28 @@ class Attend:
             *(ctypes.c_int(number) for number in (len(tasks), heads, len(owners), size)),
         )
         return result
+
+
+def compiled(cache: Path | None = None, log: Any = None) -> Any:
+    """The kernel's object code; the compiler's remarks go to the stream `log`."""
+    from cuda.core import Program, ProgramOptions
+    from cuda.core.utils import FileStreamProgramCache
+
+    source = Path(__file__).with_name("attention_sm90.cu").read_text()
+    sizes = {"D": _SIZE, "KEYS": TILE, "GROUPS": _GROUPS, "STAGES": _STAGES}
+    options = ProgramOptions(
+        std="c++17",
+        arch="sm_90a",
+        define_macro=[(name, str(size)) for name, size in sizes.items()],
+        ptxas_options=["-v"] if log else None,
+    )
+    program = Program(source, "c++", options)
+    if cache:
+        try:
+            return program.compile("cubin", cache=FileStreamProgramCache(cache))
+        except OSError:  # a folder that cannot be written; the last start's kernel is no loss
+            pass
+    return program.compile("cubin", logs=log)
 
 
 class _CurrentStream:
@@ -180,7 +205,8 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
     scales += 2 * (head * (places // TILE) + tile)
     if part == 2:
         x = loaded.to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(x)), _LEAST_AMAX) / _FP8_MAX
+        scale = tl.maximum(tl.max(tl.abs(x)), _LEAST_VALUE) / _FP8_MAX
+        scale += 0 * tl.sum(x)  # a maximum passes over NaN: the scale carries it on
         tl.store(scales + 1, tl.log2(scale))
         values = tl.trans((x * (1 / scale)).to(tl.float8e4nv)).to(tl.uint8, bitcast=True)
         _store_tile(start, values, tl.arange(0, PADDED), PADDED, TILE)
@@ -197,10 +223,12 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
         x = tl.reshape(turned, (TILE, PADDED))
         if part == 0:
             each = tl.maximum(tl.max(tl.abs(x), axis=1), _LEAST_AMAX) / _INT8_MAX
+            each += 0 * tl.sum(x, axis=1)  # nor has int8 any NaN
             tl.store(query_scales + head * places + tile * TILE + row, each * exponent)
             _store_tile(start, _int8(x * (1 / each)[:, None]), row, TILE, PADDED)
         else:
             scale = tl.maximum(tl.max(tl.abs(x)), _LEAST_AMAX) / _INT8_MAX
+            scale += 0 * tl.sum(x)
             tl.store(scales, scale)
             stands = row // 16 * 16 + row // 2 % 2 * 8 + row // 4 % 4 * 2 + row % 2
             _store_tile(start, _int8(x * (1 / scale)), stands, TILE, PADDED)

@@ -5,7 +5,7 @@
 // lie in memory as the tensor cores read them (attention.py says how), so a tile is one bulk copy. While
 // one warpgroup computes weights, the tensor cores multiply for the others.
 //
-// - Weights are powers of two relative to a running maximum. Queries' scales hold log2(e) / sqrt(D).
+// - Weights are 2 to the power of a product less a running maximum; queries' scales hold log2(e) / sqrt(D).
 // - A tile's values have one scale. Its logarithm is added to the exponents, so that nothing has to be
 //   scaled after the product; the running maximum counts it in, so weights stay in FP8's range.
 // - The tensor cores keep about 14 bits of a running FP8 sum. So they sum 128 values at most: over 8,448 of
@@ -15,11 +15,9 @@
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int D = 128;            // channels of a head, padding included
-constexpr int KEYS = 128;         // of a tile
-constexpr int GROUPS = 3;         // warpgroups that compute
+// Defined by the command that compiles: D = 128, channels of a head, padding included; KEYS = 128, of a
+// tile; GROUPS = 3, warpgroups that compute; STAGES = 4, tiles of keys, and of values, on their way.
 constexpr int QUERIES = 64;       // of a warpgroup
-constexpr int STAGES = 4;         // tiles of keys, and of values, on their way
 constexpr int TILE = KEYS * D;    // bytes, of keys as of values
 constexpr int ONES = KEYS * 8;    // bytes
 constexpr int QUERY_BYTES = GROUPS * QUERIES * D;

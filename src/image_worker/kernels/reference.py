@@ -21,6 +21,10 @@ FP16_MAX = 65504.0
 INT8_MAX = 127.0
 TILE = 128  # tokens of keys and values that share a scale
 TASK = 192  # queries that the kernel of this attention takes at a time
+# What a tile's largest value counts as, at least, when its scale is chosen. Weights are rounded
+# with that scale in them, so a tile of zeros would lose its share in the softmax's sum. FP8 keeps
+# the bits of smaller values all the same.
+LEAST_VALUE = 2.0**-4
 _HEADROOM = 256  # the softmax's largest weight, in FP8: small ones keep more of their bits
 _SCALES_ALIGNMENT = 16  # bytes; cuBLAS refuses others
 
@@ -139,7 +143,7 @@ def _attend_int8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.float(), k.float(), v.float()
     q = _rounded(q, q.abs().amax(dim=-1, keepdim=True))
     k = _rounded(k, _largest_of_tiles(k))
-    value_scales = _largest_of_tiles(v) / FP8_MAX
+    value_scales = _largest_of_tiles(v).clamp(min=LEAST_VALUE) / FP8_MAX
     v = (v / value_scales).to(FP8).float()
     logits = q @ k.mT / q.shape[-1] ** 0.5
     # A tile's values have a scale: weights are rounded with it in them, as they are multiplied.

@@ -179,32 +179,35 @@ def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.M
 
 
 def _served(recipe: Recipe, source: Any) -> Transformer:
-    cache = kernel_cache(recipe.settings) if recipe.device.type == "cuda" else None
+    cache = keep_kernels(recipe.settings) if recipe.device.type == "cuda" else None
     attention = None
     if recipe.int8_attention:
         try:
             attention = Int8(recipe.device, cache)
-        except (ImportError, RuntimeError) as error:
+        except Exception as error:  # of CUDA's packages, which have no kind of their own
             raise InvalidSettings(
                 f"attention in int8 does not run here ({error}); set ATTENTION=bf16 to go without"
             ) from error
     return Transformer(source, recipe.device, recipe.dtype, fp8=recipe.fp8, attention=attention)
 
 
-def kernel_cache(settings: Settings) -> Path | None:
+def keep_kernels(settings: Settings) -> Path | None:
     """Has Triton keep compiled kernels beside the weights, where the next start finds them.
 
     Returns the folder for kernels that are not Triton's, or None where nothing can be written.
     """
+    import tempfile
+
     import triton
 
     folder = settings.model_dir / "kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         log.info("compiled kernels are not kept: %s", error)
         return None
-    usual = Path(triton.knobs.cache.home_dir) / ".triton" / "cache"
+    usual = Path.home() / ".triton" / "cache"
     if Path(triton.knobs.cache.dir) == usual:  # nobody chose another one
         triton.knobs.cache.dir = str(folder / "triton")
     return folder / "cuda"
@@ -241,7 +244,7 @@ def _lightning(settings: Settings, entry: ModelEntry) -> list[Lora]:
 def _attends_in_int8(
     settings: Settings, decided: Plan, hardware: Hardware, dtype: torch.dtype
 ) -> bool:
-    """A CPU can, as slowly as it judges pictures; of cards, Hopper alone."""
+    """Of cards, Hopper alone can; a CPU can, slowly, so that pictures can be judged without one."""
     possible = hardware.free is None or (hardware.is_hopper and dtype == torch.bfloat16)
     if settings.attention == "int8" and not possible:
         raise InvalidSettings(
@@ -249,7 +252,8 @@ def _attends_in_int8(
             "capability 9.0), such as H100 or H200"
         )
     if settings.attention == "auto":
-        return hardware.is_hopper and possible and decided.precision != "bf16"
+        rounded = decided.precision != "bf16" and settings.quantize_components == "all"
+        return hardware.is_hopper and possible and rounded
     return settings.attention == "int8"
 
 

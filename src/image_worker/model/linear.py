@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from image_worker.kernels.reference import FP8_MAX, LEAST_AMAX, Activation, Quantised
-from image_worker.model.formats.fp8 import Fp8Linear
 
 
 class Plain(nn.Module):
@@ -50,11 +49,12 @@ class Fp8(nn.Module):
 
     takes_fp8 = True
 
-    def __init__(self, layers: Sequence[Fp8Linear]) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
+        """layers: `Fp8Linear`, with biases."""
         super().__init__()
         self.weight = _buffer([layer.weight for layer in layers])
         self.scales = _buffer([layer.scales for layer in layers])
-        self.bias = _buffer([layer.bias for layer in layers if layer.bias is not None])
+        self.bias = _buffer([layer.bias for layer in layers])
 
     def forward(self, x: Quantised, into: Tensor) -> None:
         """Into (N, out) from x (N, in)."""

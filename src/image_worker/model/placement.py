@@ -21,13 +21,15 @@ GIB = 2**30
 
 # Measured at full size on one card by `python -m image_worker.bench.full_size`: peak working
 # memory above the weights, per image or text token and unit of model width, and per pixel and unit
-# of the VAE's base width (decoding; encoding takes 12).
+# of the VAE's base width (decoding; encoding takes 12). fp8 is taken to be as 4bit; attention in
+# int8 takes less than the one that was measured, by the sizes of what it keeps.
 DENOISE_BYTES = {"bf16": 21, "fp8": 24, "8bit": 45, "4bit": 24}
 ZERO_COND_BYTES = 12  # more while denoising with `zero_cond_t`: modulation per token, not per row
 VAE_BYTES = 14
 TILE_SIDE = 512  # pixels; a tile's working memory is that of a picture of this size
-FP8_SHARE = 0.75  # of the card, at most, for fp8 by itself: the rest is for batches
-RESERVE = GIB // 2  # the CUDA libraries' own memory and the allocator's gaps
+FP8_SHARE = 0.75  # of the free memory, at most, for fp8 by itself: the rest is for batches
+# The CUDA libraries' own memory, the allocator's gaps, and 72 MiB for weights decoded from 4 bits.
+RESERVE = GIB // 2
 
 # CPUs, in torch's words, on which a product in bf16 takes 7 times as long as in float32.
 _SLOW_IN_BF16 = ("DEFAULT", "NO AVX", "AVX2")
