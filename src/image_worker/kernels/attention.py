@@ -147,7 +147,7 @@ def compiled(cache: Path | None = None, log: Any = None) -> Any:
     from cuda.core.utils import FileStreamProgramCache
 
     source = Path(__file__).with_name("attention_sm90.cu").read_text()
-    sizes = {"D": _SIZE, "KEYS": TILE, "GROUPS": _GROUPS, "STAGES": _STAGES}
+    sizes = {"CHANNELS": _SIZE, "KEYS": TILE, "GROUPS": _GROUPS, "STAGES": _STAGES}
     options = ProgramOptions(
         std="c++17",
         arch="sm_90a",

@@ -15,12 +15,12 @@
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// Defined by the command that compiles: D = 128, channels of a head, padding included; KEYS = 128, of a
+// Defined by the command that compiles: CHANNELS = 128 of a head, padding included; KEYS = 128, of a
 // tile; GROUPS = 3, warpgroups that compute; STAGES = 4, tiles of keys, and of values, on their way.
 constexpr int QUERIES = 64;       // of a warpgroup
-constexpr int TILE = KEYS * D;    // bytes, of keys as of values
+constexpr int TILE = KEYS * CHANNELS;  // bytes, of keys as of values
 constexpr int ONES = KEYS * 8;    // bytes
-constexpr int QUERY_BYTES = GROUPS * QUERIES * D;
+constexpr int QUERY_BYTES = GROUPS * QUERIES * CHANNELS;
 constexpr float HEADROOM = 8.0f;  // weights end at 2^8: FP8 ends at 448, and small ones keep their bits
 constexpr int NOTHING = -(1 << 30);  // below every product of 128 int8 values
 constexpr u32 ALL = 0xFFFFFFFF;
@@ -209,10 +209,10 @@ attend(const unsigned char* __restrict__ queries, const unsigned char* __restric
             const Task task = tasks[number % task_count];
             const u64 head = number / task_count;
             wait(&shared.queries_empty, (turn & 1) ^ 1);
-            copy(shared.queries, queries + (head * places + task.start) * D, QUERY_BYTES, &shared.queries_full);
+            copy(shared.queries, queries + (head * places + task.start) * CHANNELS, QUERY_BYTES, &shared.queries_full);
             for (int place = task.first; place < task.last; place += KEYS, ++tile) {
                 const u32 stage = tile % STAGES, parity = (tile / STAGES & 1) ^ 1;
-                const u64 from = (head * places + place) * D;
+                const u64 from = (head * places + place) * CHANNELS;
                 wait(&shared.keys_empty[stage], parity);
                 copy(shared.keys[stage], keys + from, TILE, &shared.keys_full[stage]);
                 wait(&shared.values_empty[stage], parity);
@@ -226,7 +226,7 @@ attend(const unsigned char* __restrict__ queries, const unsigned char* __restric
     const int lane = threadIdx.x % 32;
     const int own = group * QUERIES + threadIdx.x % 128 / 32 * 16 + lane / 4;  // and the query eight below
     const bool leads = threadIdx.x % 128 == 0;
-    const u64 own_queries = matrix(shared.queries + group * QUERIES * D);
+    const u64 own_queries = matrix(shared.queries + group * QUERIES * CHANNELS);
     u32 tile = 0, turn = 0;
     if (group == GROUPS - 1) pass_turn(group);
     for (int number = blockIdx.x; number < all; number += gridDim.x, ++turn) {
@@ -249,7 +249,7 @@ attend(const unsigned char* __restrict__ queries, const unsigned char* __restric
             take_turn(group);
             begin_products();
 #pragma unroll
-            for (int part = 0; part < D / 32; ++part)
+            for (int part = 0; part < CHANNELS / 32; ++part)
                 multiply_int8(now.sums, own_queries + 2 * part, matrix(shared.keys[0]) + stage * (TILE / 16) + 2 * part, part);
             end_products();
             pass_turn(group);
