@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from image_worker.kernels import attention, fused, nf4
+from image_worker.kernels import fused, nf4
 
 BF16, FP8, FP32 = "*bf16", "*fp8e4nv", "*fp32"
 INT, INDEX, BYTES, INT32 = "i32", "*i64", "*u8", "*i32"
@@ -55,15 +55,6 @@ KERNELS: tuple[tuple[Any, dict[str, str], dict[str, Any], int], ...] = (
         | dict.fromkeys(("tokens", "text_tokens", "heads"), INT),
         {"SIZE": 128, "HEADS": 32},
         4,
-    ),
-    (
-        attention._tiles_kernel,
-        {"qkv": BF16, "norms": BF16, "rope": FP32, "owners": INT32, "room": BYTES}
-        | {"query_scales": FP32, "scales": FP32}
-        | dict.fromkeys(("places", "text_tokens", "heads"), INT)
-        | {"exponent": "fp32", "part_size": INT},
-        {"SIZE": 128, "PADDED": 128, "TILE": 128},
-        8,
     ),
     (
         nf4._decode_kernel,

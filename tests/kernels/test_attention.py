@@ -46,18 +46,22 @@ def unswizzled(tiles: Tensor) -> Tensor:
     return pieces.gather(1, places[:, :, None].expand(-1, -1, 16)).view(-1, 128)
 
 
+@pytest.mark.gpu
+@on_hopper
 @pytest.mark.parametrize("size", [32, 128])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_tiles_hold_what_the_reference_rounds(lengths: list[int], size: int) -> None:
-    qkv, norms, order, text_tokens = given(lengths, size, torch.float32)
-    tiles = attention.to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
+    qkv, norms, order, text_tokens = given(lengths, size, torch.bfloat16)
+    tiles = attention.Attend().to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
     owners = order.owners.long()
     places, there = len(owners), owners >= 0
     assert places % TILE == 0 and int(there.sum()) == len(qkv)
     count = HEADS * places
     q, k, v = (
         part[order.places][owners.clamp(min=0)].transpose(0, 1)  # (heads, places, size)
-        for part in reference.to_joint_heads(qkv, norms, order.rope, order.places, text_tokens)
+        for part in reference.to_joint_heads(
+            qkv.float(), norms.float(), order.rope, order.places, text_tokens
+        )
     )
 
     queries = unswizzled(tiles.queries[:count]).view(torch.int8).view(HEADS, places, 128).float()
@@ -104,20 +108,32 @@ def test_a_tile_of_small_values_keeps_its_share_of_the_softmax(scale: float) -> 
     assert ((found - exact).norm() / exact.norm()).item() <= 0.045
 
 
+@pytest.mark.gpu
+@on_hopper
 @pytest.mark.parametrize("part", [0, 1, 2])
-def test_a_broken_number_is_not_lost(part: int) -> None:
-    qkv, norms, order, text_tokens = given([256], 32, torch.float32)
-    token = order.owners[5].item()
-    qkv[token, part * HEADS * 32 + 40] = float("nan")  # of the second head
-    tiles = attention.to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
+def test_a_broken_number_is_not_lost_in_tiles(part: int) -> None:
+    qkv, norms, order, text_tokens = given([256], 32, torch.bfloat16)
+    spoil(qkv, order, part)
+    tiles = attention.Attend().to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
     if part == 0:
         broken = tiles.query_scales[: HEADS * 256].view(HEADS, 256).isnan()
         assert broken.sum() == 1 and broken[1, 5]
     else:
         broken = tiles.scales[..., part - 1].isnan()
         assert broken.sum() == 1 and broken[1, 0]
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_broken_number_is_not_lost_in_the_reference(part: int) -> None:
+    qkv, norms, order, text_tokens = given([256], 32, torch.float32)
+    spoil(qkv, order, part)
     parts = reference.to_joint_heads(qkv, norms, order.rope, order.places, text_tokens)
     assert reference.attend_int8(*parts, order.lengths).isnan().any()
+
+
+def spoil(qkv: Tensor, order: Order, part: int) -> None:
+    """Breaks one number of the second head's queries, keys or values: of the sixth token."""
+    qkv[order.owners[5].item(), part * HEADS * 32 + 40] = float("nan")
 
 
 def test_a_rows_neighbours_do_not_matter_to_the_reference() -> None:
@@ -163,8 +179,9 @@ def test_the_kernel_computes_what_the_reference_does(lengths: list[int], size: i
 
     qkv, norms, order, text_tokens = given(lengths, size, torch.bfloat16)
     norms = norms * 2  # sharp: a few keys have most of the weight
-    tiles = attention.to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
-    found = attention.Attend()(tiles, order.tasks, order.owners, len(qkv), size).float()
+    kernels = attention.Attend()
+    tiles = kernels.to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
+    found = kernels(tiles, order.tasks, order.owners, len(qkv), size).float()
     q, k, v = fused.to_joint_heads(qkv, norms, order.rope, order.places, text_tokens)
     exact = attend(q, k, v, order.lengths)[order.places].float()
     expected = reference.attend_int8(q, k, v, order.lengths)[order.places].float()

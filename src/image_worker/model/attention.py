@@ -112,9 +112,8 @@ class Int8:
             mixed = reference.attend_int8(q, k, v, order.lengths)
             return reference.to_stream(mixed, order.places, fp8=fp8)
         from image_worker.kernels import fused
-        from image_worker.kernels.attention import to_tiles
 
-        tiles = to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
+        tiles = self._attend.to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
         mixed = self._attend(tiles, order.tasks, order.owners, len(qkv), norms.shape[-1])
         return fused.quantise(mixed) if fp8 else mixed
 
