@@ -26,7 +26,7 @@ from image_worker.kernels.cuda import Kernel
 from image_worker.kernels.reference import EPSILON, LEAST_AMAX, LEAST_VALUE, TASK, TILE
 
 _GROUPS = TASK // 64  # warpgroups that compute; one more copies
-_PIECE, _HEADS_EACH, _TILES_THREADS = 8, 3, 512
+_PIECE, _HEADS_EACH, _TILES_THREADS = 8, 2, 512
 _STAGES, _SIZE = 4, 128
 # Queries, tiles of keys and of values with eight rows of ones, barriers; and to align them.
 _SHARED_BYTES = _SIZE * (TASK + _STAGES * (2 * TILE + 8)) + 8 * (2 + 4 * _STAGES) + 1024
@@ -98,7 +98,7 @@ class Attend:
         scales = torch.empty(heads, places // TILE, 2, dtype=torch.float32, device=device)
         tiles = Tiles(room[0], room[1], room[2], query_scales, scales)
         self._to_tiles(
-            (places // TILE, -(-heads // _HEADS_EACH)),
+            (-(-heads // _HEADS_EACH), places // TILE),
             _TILES_THREADS,
             *(qkv, norms, rope, owners),
             *(tiles.queries, tiles.keys, tiles.values, tiles.query_scales, tiles.scales),

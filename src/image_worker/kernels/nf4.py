@@ -17,7 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from image_worker.model.linear import Nf4ByFp8
 
-_ROWS, _BLOCKS = 8, 32  # of one program's tile
+_ROWS, _BLOCKS = 8, 16  # of one program's tile
 _WORDS = 8  # of 32 bits in a block of 64 weights
 # Triton's interpreter knows no PTX: there the same is computed in its own words.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -69,7 +69,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     layer = row // layer_rows
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)[None, :]
     inside = (row < rows) & (block < blocks)
@@ -92,10 +92,12 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     values1 = _four_values(grid + 4, scale)
     values2 = _four_values(grid + 8, scale)
     values3 = _four_values(grid + 12, scale)
-    # Within a byte the earlier weight is in the higher half: swapped, they are in order.
-    packed = ((packed >> 4) & 0x0F0F0F0F) | ((packed & 0x0F0F0F0F) << 4)
-    first = _look_up(values0, values1, values2, values3, packed)
-    second = _look_up(values0, values1, values2, values3, packed >> 16)
+    # A digit of `within` says which of eight values a code means, of the lower or the higher eight;
+    # one of `choice`, in which of two registers its byte is: from 4 on, in the higher eight's.
+    within = packed & 0x77777777
+    choice = (packed >> 1 & 0x44444444) ^ 0x32103210
+    first = _look_up(values0, values1, values2, values3, within, choice)
+    second = _look_up(values0, values1, values2, values3, within >> 16, choice >> 16)
     both = tl.reshape(tl.join(first, second), (ROWS, BLOCKS, 2 * WORDS))
     target = tl.arange(0, 2 * WORDS)[None, None, :]
     tl.store(found + at[:, :, None] * (2 * WORDS) + target, both, mask=inside[:, :, None])
@@ -127,21 +129,17 @@ def _byte(value):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _look_up(values0, values1, values2, values3, codes):  # type: ignore[no-untyped-def]
-    """The values of the four codes of 4 bits in the lower half of `codes`."""
-    low = _permute(values0, values1, codes & 0x7777)
-    high = _permute(values2, values3, codes & 0x7777)
-    # Where a code is 8 or more: 9, which repeats the sign of byte 1 below; and 0 elsewhere.
-    is_high = _permute(0x8000, 0, (codes & 0x8888) | (codes >> 3 & 0x1111))
-    return (high & is_high) | (low & ~is_high)
+def _look_up(values0, values1, values2, values3, within, choice):  # type: ignore[no-untyped-def]
+    """The values of four codes, by the lower halves of `within` and `choice`."""
+    low = _permute(values0, values1, within)
+    high = _permute(values2, values3, within)
+    # Within a byte the earlier code is in the higher half: swapped, they are in order.
+    return _permute(_permute(low, high, choice), 0, 0x2301)
 
 
 @triton.jit
 def _permute(low, high, selector):  # type: ignore[no-untyped-def]
-    """Of eight bytes, in `low` and `high`, the four that the selector's lowest hex digits count.
-
-    Digits from 8 on count the same bytes again, and get the byte's sign, eight times.
-    """
+    """Of eight bytes, in `low` and `high`, the four that the selector's lowest hex digits count."""
     if _INTERPRETED:
         return (
             _chosen(low, high, selector)
@@ -161,5 +159,4 @@ def _permute(low, high, selector):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _chosen(low, high, number):  # type: ignore[no-untyped-def]
-    byte = tl.where(number & 4 != 0, high, low) >> (number & 3) * 8 & 0xFF
-    return tl.where(number & 8 != 0, tl.where(byte & 0x80 != 0, 0xFF, 0), byte)
+    return tl.where(number & 4 != 0, high, low) >> (number & 3) * 8 & 0xFF

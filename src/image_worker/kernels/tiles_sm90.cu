@@ -148,7 +148,7 @@ to_tiles(const u16* __restrict__ qkv, const u16* __restrict__ norms, const float
     }
     __syncthreads();
 
-    const int lane = threadIdx.x % 32, tile = blockIdx.x, width = heads * size;
+    const int lane = threadIdx.x % 32, tile = blockIdx.y, width = heads * size;
     const int number = threadIdx.x / SHARING, first_channel = PIECE * (threadIdx.x % SHARING);
     const int owner = owners[tile * KEYS + number];
     const u64 token = max(owner, 0);
@@ -161,9 +161,9 @@ to_tiles(const u16* __restrict__ qkv, const u16* __restrict__ norms, const float
     const int owners_of_values[TOKENS] = {four.x, four.y, four.z, four.w};
     const int channel_of_values = PIECE * (threadIdx.x / 32);
 
-    const int first = blockIdx.y * HEADS_EACH, last = min(first + HEADS_EACH, heads);
+    const int first = blockIdx.x * HEADS_EACH, last = min(first + HEADS_EACH, heads);
     for (int head = first; head < last; ++head) {
-        const u64 start = ((u64)head * gridDim.x + tile) * KEYS;
+        const u64 start = ((u64)head * gridDim.y + tile) * KEYS;
         float turned[PIECES][PIECE], most;
 
         float norm = turn(row, head * size, 0, inverse_size, turned, most);
@@ -193,6 +193,6 @@ to_tiles(const u16* __restrict__ qkv, const u16* __restrict__ norms, const float
         for (int c = 0; c < PIECE; ++c)
             *reinterpret_cast<u32*>(to + c * KEYS + ((lane / 4) ^ (c % 8)) * 16) =
                 fp8x4(x[0][c] * factor, x[1][c] * factor, x[2][c] * factor, x[3][c] * factor);
-        if (threadIdx.x == 0) scales[head * gridDim.x + tile] = {key_scale, log2f(value_scale)};
+        if (threadIdx.x == 0) scales[head * gridDim.y + tile] = {key_scale, log2f(value_scale)};
     }
 }
