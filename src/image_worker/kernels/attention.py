@@ -26,16 +26,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from image_worker.kernels.fused import _EPSILON, _FP8_MAX, _LEAST_AMAX
-from image_worker.kernels.reference import LEAST_VALUE, TASK, TILE
+from image_worker.kernels.reference import EPSILON, LEAST_VALUE, TASK, TILE
+from image_worker.kernels.rounding import FP8_MAX, INT8_MAX, LEAST_AMAX, to_int8
 
 _GROUPS = TASK // 64  # warpgroups that compute; one more copies
 _STAGES, _SIZE = 4, 128
 # Queries, tiles of keys and of values with eight rows of ones, barriers; and to align them.
 _SHARED_BYTES = _SIZE * (TASK + _STAGES * (2 * TILE + 8)) + 8 * (2 + 4 * _STAGES) + 1024
+_EPSILON = tl.constexpr(EPSILON)
 _LEAST_VALUE = tl.constexpr(LEAST_VALUE)
-_INT8_MAX = tl.constexpr(127.0)
-_ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: added and taken away, it rounds to an integer
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
     scales += 2 * (head * (places // TILE) + tile)
     if part == 2:
         x = loaded.to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(x)), _LEAST_VALUE) / _FP8_MAX
+        scale = tl.maximum(tl.max(tl.abs(x)), _LEAST_VALUE) / FP8_MAX
         scale += 0 * tl.sum(x)  # a maximum passes over NaN: the scale carries it on
         tl.store(scales + 1, tl.log2(scale))
         values = tl.trans((x * (1 / scale)).to(tl.float8e4nv)).to(tl.uint8, bitcast=True)
@@ -222,12 +221,12 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
         turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
         x = tl.reshape(turned, (TILE, PADDED))
         if part == 0:
-            each = tl.maximum(tl.max(tl.abs(x), axis=1), _LEAST_AMAX) / _INT8_MAX
+            each = tl.maximum(tl.max(tl.abs(x), axis=1), LEAST_AMAX) / INT8_MAX
             each += 0 * tl.sum(x, axis=1)  # nor has int8 any NaN
             tl.store(query_scales + head * places + tile * TILE + row, each * exponent)
             _store_tile(start, _int8(x * (1 / each)[:, None]), row, TILE, PADDED)
         else:
-            scale = tl.maximum(tl.max(tl.abs(x)), _LEAST_AMAX) / _INT8_MAX
+            scale = tl.maximum(tl.max(tl.abs(x)), LEAST_AMAX) / INT8_MAX
             scale += 0 * tl.sum(x)
             tl.store(scales, scale)
             stands = row // 16 * 16 + row // 2 % 2 * 8 + row // 4 % 4 * 2 + row % 2
@@ -236,7 +235,7 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _int8(x):  # type: ignore[no-untyped-def]
-    return ((x + _ROUND) - _ROUND).to(tl.int8).to(tl.uint8, bitcast=True)
+    return to_int8(x).to(tl.uint8, bitcast=True)
 
 
 @triton.jit
