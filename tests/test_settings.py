@@ -89,11 +89,22 @@ def test_all_bad_values_are_named_at_once() -> None:
         {"INT8_CPU_OFFLOAD": "1", "PRECISION_MODE": "4bit"},
         {"QUANTIZE_COMPONENTS": "text", "PRECISION_MODE": "bf16"},
         {"ATTENTION": "int8", "BNB_COMPUTE": "fp16"},
+        {"COMPUTE": "fp8", "PRECISION_MODE": "8bit"},
+        {"COMPUTE": "fp8", "BNB_COMPUTE": "fp16"},
+        {"COMPUTE": "int8", "PRECISION_MODE": "fp8"},
+        {"COMPUTE": "int8", "PRECISION_MODE": "bf16"},
+        {"COMPUTE": "int8", "QUANTIZE_COMPONENTS": "text"},
     ],
 )
 def test_contradictions_are_refused(env: dict[str, str]) -> None:
-    with pytest.raises(InvalidSettings, match=r"contradicts|no meaning|drop one"):
+    with pytest.raises(InvalidSettings, match=r"contradicts|no meaning|drop one|drop it"):
         Settings.from_env(env)
+
+
+@pytest.mark.parametrize("precision", ["auto", "8bit", "4bit"])
+def test_products_in_int8_may_be_asked_for(precision: str) -> None:
+    env = {"COMPUTE": "int8", "PRECISION_MODE": precision, "BNB_COMPUTE": "fp16"}
+    assert Settings.from_env(env).compute == "int8"
 
 
 def test_frozen() -> None:

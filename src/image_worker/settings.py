@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from image_worker.compute import POSSIBLE
 from image_worker.errors import InvalidSettings
 
 ModelName = Literal["auto", "edit-2509", "edit-2511", "edit", "image", "image-2512", "mini"]
@@ -54,10 +55,10 @@ class Settings(BaseSettings):
     bnb_compute: Literal["bf16", "fp16"] = Field(
         "bf16", description="the type in which the model computes"
     )
-    compute: Literal["auto", "bf16", "fp8"] = Field(
+    compute: Literal["auto", "bf16", "fp8", "int8"] = Field(
         "auto",
-        description="what the transformer multiplies 4bit and fp8 weights in: fp8, or the type of "
-        "BNB_COMPUTE; auto is fp8 where the card has it",
+        description="what the transformer multiplies 4bit, 8bit and fp8 weights in: fp8, int8, or "
+        "the type of BNB_COMPUTE; auto is by weights and card",
     )
     attention: Literal["auto", "bf16", "int8"] = Field(
         "auto",
@@ -167,15 +168,7 @@ class Settings(BaseSettings):
             raise InvalidSettings(
                 "QUANTIZE_COMPONENTS=text has no meaning with PRECISION_MODE=bf16; drop one"
             )
-        if self.compute == "fp8" and (
-            self.bnb_compute != "bf16"
-            or self.precision_mode not in ("auto", "4bit", "fp8")
-            or self.quantize_components != "all"
-        ):
-            raise InvalidSettings(
-                "COMPUTE=fp8 is for PRECISION_MODE=4bit or fp8, BNB_COMPUTE=bf16 and "
-                "QUANTIZE_COMPONENTS=all; drop it, or set these"
-            )
+        self._refuse_products_without_meaning()
         if self.attention == "int8" and self.bnb_compute != "bf16":
             raise InvalidSettings("ATTENTION=int8 is for BNB_COMPUTE=bf16; drop one")
         if self.int8_cpu_offload and self.cpu_offload == "none":
@@ -185,6 +178,20 @@ class Settings(BaseSettings):
                 f"INT8_CPU_OFFLOAD=1 contradicts PRECISION_MODE={self.precision_mode}; "
                 "use CPU_OFFLOAD=model to offload at another precision"
             )
+
+    def _refuse_products_without_meaning(self) -> None:
+        if self.compute in ("auto", "bf16"):
+            return
+        precisions = [name for name, ways in POSSIBLE.items() if self.compute in ways]
+        needed = f"PRECISION_MODE={' or '.join(precisions)}, QUANTIZE_COMPONENTS=all"
+        if self.compute == "fp8":
+            needed += ", BNB_COMPUTE=bf16"
+        if (
+            self.precision_mode not in ("auto", *precisions)
+            or self.quantize_components != "all"
+            or (self.compute == "fp8" and self.bnb_compute != "bf16")
+        ):
+            raise InvalidSettings(f"COMPUTE={self.compute} is for {needed}; drop it, or set these")
 
     def _refuse_half_a_bucket(self) -> None:
         needed = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from image_worker.bench.forward import ours, quantise, random_model, random_row, relative, stock
-from image_worker.model.transformer import velocities
+from image_worker.compute import Compute, possible
+from image_worker.model.transformer import Row, velocities
+from image_worker.settings import Precision
 
 pytestmark = pytest.mark.gpu
 
@@ -26,8 +28,21 @@ def model() -> Iterator[Any]:
     torch.cuda.empty_cache()
 
 
+@pytest.fixture(scope="module")
+def nf4_error(model: Any) -> float:
+    """Of diffusers' module with NF4 weights."""
+    quantised = copy.deepcopy(model)
+    quantise(quantised, "4bit")
+    row = few_bit_rows()[0]
+    return relative(stock(quantised, row), stock(model, row))
+
+
+def few_bit_rows() -> list[Row]:
+    return [random_row(1024, 1), random_row(512, 0, text=91, seed=2)]
+
+
 def test_bf16_equals_stock_alone_and_in_company(model: Any) -> None:
-    served = ours(model, fp8=False, int8_attention=False)
+    served = ours(model)
     rows = [random_row(1024, 1), random_row(512, 2, text=91, seed=2), random_row(512, 0, text=7)]
     for row, found in zip(rows, velocities(served, rows), strict=True):
         assert torch.isfinite(found).all()
@@ -35,16 +50,33 @@ def test_bf16_equals_stock_alone_and_in_company(model: Any) -> None:
         assert relative(velocities(served, [row])[0], found) <= BF16_TOLERANCE
 
 
-def test_few_bits_are_hardly_further_from_bf16_than_stock_nf4(model: Any) -> None:
-    rows = [random_row(1024, 1), random_row(512, 0, text=91, seed=2)]
-    exact = [stock(model, row) for row in rows]
-    in_fp8 = copy.deepcopy(model)
-    quantise(in_fp8, "fp8")
-    quantise(model)  # the module's last use
-    limit = 1.15 * relative(stock(model, rows[0]), exact[0])
-    is_hopper = torch.cuda.get_device_capability() == (9, 0)
-    for weights in (in_fp8, model):
-        for int8_attention in (False, True)[: 1 + is_hopper]:
-            served = ours(weights, fp8=True, int8_attention=int8_attention)
-            for found, expected in zip(velocities(served, rows), exact, strict=True):
-                assert relative(found, expected) <= limit
+@pytest.mark.parametrize(
+    ("precision", "compute", "int8_attention"),
+    [
+        ("fp8", "fp8", False),
+        ("fp8", "fp8", True),
+        ("8bit", "int8", False),
+        ("8bit", "int8", True),
+        ("4bit", "fp8", False),
+        ("4bit", "fp8", True),
+        ("4bit", "int8", False),
+    ],
+)
+def test_few_bits_are_hardly_further_from_bf16_than_stock_nf4(
+    model: Any,
+    nf4_error: float,
+    precision: Precision,
+    compute: Compute,
+    int8_attention: bool,
+) -> None:
+    capability = torch.cuda.get_device_capability()
+    if compute not in possible(precision, capability, bf16=True):
+        pytest.skip(f"products in {compute} are not for this card")
+    if int8_attention and capability != (9, 0):
+        pytest.skip("attention in int8 is for Hopper")
+    quantised = copy.deepcopy(model)
+    quantise(quantised, precision)
+    served = ours(quantised, compute, int8_attention=int8_attention)
+    rows = few_bit_rows()
+    for row, found in zip(rows, velocities(served, rows), strict=True):
+        assert relative(found, stock(model, row)) <= 1.15 * nf4_error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -15,9 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from image_worker.kernels import fused, nf4
+from image_worker.kernels import fused, int8, nf4
 
-BF16, FP8, FP32 = "*bf16", "*fp8e4nv", "*fp32"
+BF16, FP8, INT8, FP32 = "*bf16", "*fp8e4nv", "*i8", "*fp32"
 INT, INDEX, BYTES, INT32 = "i32", "*i64", "*u8", "*i32"
 NORM = dict.fromkeys(("x", "y", "gate", "shift", "scale"), BF16) | {
     "owner": INDEX,
@@ -27,60 +28,66 @@ NORM = dict.fromkeys(("x", "y", "gate", "shift", "scale"), BF16) | {
     "width": INT,
     "stride": INT,
 }
-FLAGS = {"ADD": True, "MODULATE": True, "FP8": True, "CLIP": False}
-# Each kernel, the types of its arguments, its constants, its warps.
-KERNELS: tuple[tuple[Any, dict[str, str], dict[str, Any], int], ...] = (
-    (fused._norm_kernel, NORM, FLAGS | {"BLOCK": 4096}, 4),
-    (
-        fused._norm_kernel,
-        NORM | {"values": BF16, "scales": BF16},
-        FLAGS | {"FP8": False, "BLOCK": 4096},
-        4,
-    ),
-    (
-        fused._gelu_kernel,
-        {"x": BF16, "values": FP8, "scales": FP32, "width": INT},
-        {"FP8": True, "BLOCK": 4096},
-        8,
-    ),
-    (
-        fused._quantise_kernel,
-        {"x": BF16, "places": INDEX, "values": FP8, "scales": FP32, "width": INT},
-        {"GATHER": True, "BLOCK": 4096},
-        4,
-    ),
-    (
+FLAGS = {"ADD": True, "MODULATE": True, "ROUND": True, "CLIP": False}
+DECODE = (
+    {"codes": INT32, "scales": BYTES}
+    | dict.fromkeys(("levels", "scales_of_scales", "offsets", "grid", "row_scales"), FP32)
+    | {"found": INT32}
+    | dict.fromkeys(("rows", "blocks", "layer_rows", "layer_stride"), INT)
+)
+DECODE_SIZES = {"ROWS": nf4._ROWS, "BLOCKS": nf4._BLOCKS, "WORDS": nf4._WORDS}
+MULTIPLY = {"x": INT8, "x_scales": FP32, "weight": INT8, "scales": FP32, "bias": BF16} | {
+    "into": BF16,
+    **dict.fromkeys(("tokens", "rows", "columns", "stride"), INT),
+}
+ALIGNED = ("rows", "columns", "stride")  # of numbers, those that are multiples of 16
+LEAST_FOR_FP8 = 89
+
+Kernel = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
+
+
+def kernels(capability: int) -> Iterator[Kernel]:
+    """Each kernel, the types of its arguments, its constants, how it is launched."""
+    for values in (INT8, FP8) if capability >= LEAST_FOR_FP8 else (INT8,):
+        rounded = {"values": values, "scales": FP32}
+        yield fused._norm_kernel, NORM | rounded, FLAGS | {"BLOCK": 4096}, {"num_warps": 4}
+        gelu = {"x": BF16, **rounded, "width": INT}
+        yield fused._gelu_kernel, gelu, {"ROUND": True, "BLOCK": 4096}, {"num_warps": 8}
+        quantise = {"x": BF16, "places": INDEX, **rounded, "width": INT}
+        yield fused._quantise_kernel, quantise, {"GATHER": True, "BLOCK": 4096}, {"num_warps": 4}
+        flags = DECODE_SIZES | {"INT8": values == INT8}
+        yield nf4._decode_kernel, DECODE, flags, {"num_warps": 4}
+    flags = FLAGS | {"ROUND": False, "BLOCK": 4096}
+    yield fused._norm_kernel, NORM | {"values": BF16, "scales": BF16}, flags, {"num_warps": 4}
+    yield (
         fused._heads_kernel,
         {"qkv": BF16, "norms": BF16, "rope": FP32, "places": INDEX, "joint": BF16}
         | dict.fromkeys(("tokens", "text_tokens", "heads"), INT),
         {"SIZE": 128, "HEADS": 32},
-        4,
-    ),
-    (
-        nf4._decode_kernel,
-        {"codes": INT32, "scales": BYTES}
-        | dict.fromkeys(("levels", "scales_of_scales", "offsets", "grid", "row_scales"), FP32)
-        | {"found": INT32}
-        | dict.fromkeys(("rows", "blocks", "layer_rows", "layer_stride"), INT),
-        {"ROWS": nf4._ROWS, "BLOCKS": nf4._BLOCKS, "WORDS": nf4._WORDS},
-        4,
-    ),
-)
+        {"num_warps": 4},
+    )
+    tiles = int8.tile_sizes(divmod(capability, 10))
+    launch = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
+    for whole in (True, False):
+        constants = tiles | {"WHOLE": whole, "GROUP": int8._GROUP}
+        yield int8._multiply_kernel, MULTIPLY, constants, launch
 
 
 def main() -> None:
     """For the compute capability that the command names, such as 90."""
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    for kernel, types, constants, warps in KERNELS:
+    capability = int(sys.argv[1])
+    target = GPUTarget("cuda", capability, 32)
+    for kernel, types, constants, launch in kernels(capability):
         signature = types | dict.fromkeys(constants, "constexpr")
         aligned = {
             (number,): [["tt.divisibility", 16]]
-            for number, kind in enumerate(types.values())
-            if kind.startswith("*")
+            for number, (name, kind) in enumerate(types.items())
+            if kind.startswith("*") or name in ALIGNED
         }
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-        compiled = triton.compile(source, target=target, options={"num_warps": warps})
-        print(kernel.__name__, len(compiled.asm["cubin"]))
+        compiled = triton.compile(source, target=target, options=launch)
+        shared = compiled.metadata.shared
+        print(kernel.__name__, len(compiled.asm["cubin"]), "bytes, of shared memory", shared)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from image_worker.kernels import fused, reference
-from image_worker.kernels.reference import Quantised
+from image_worker.kernels.reference import FP8, Quantised
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -17,6 +17,7 @@ TOKENS, WIDTH = 37, 192  # not a power of two, as the model's 3072 is not
 # One rounding; the interpreter truncates to bf16.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}
 FP8_STEP = 2**-3  # between neighbours, relative to the smaller
+ROUNDINGS = [None, FP8, torch.int8]
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -54,35 +55,42 @@ def assert_same(operation: str, *given: Any, **options: Any) -> None:
     dtype = next(value.dtype for value in given if isinstance(value, Tensor))
     for one, other in pairs:
         if isinstance(other, Quantised):
-            assert_same_fp8(one, other)
+            assert one.dtype == dtype
+            assert_same_rounded(one, other)
             continue
         assert one.dtype == dtype
         torch.testing.assert_close(one.float(), other, rtol=TOLERANCE[dtype], atol=1e-6)
 
 
-def assert_same_fp8(found: Quantised, expected: Quantised) -> None:
+def assert_same_rounded(found: Quantised, expected: Quantised) -> None:
+    """Where a value lies between two, either may be found: scales differ by their rounding."""
+    assert found.values.dtype == expected.values.dtype
     torch.testing.assert_close(found.scales, expected.scales, rtol=1e-2, atol=0)
     values, others = with_carries(found.values, expected.values), expected.values.float()
-    assert ((values - others).abs() <= FP8_STEP * others.abs() + 2**-9).all()
+    is_fp8 = found.values.dtype == FP8
+    step = FP8_STEP * others.abs() + 2**-9 if is_fp8 else torch.ones_like(others)
+    assert ((values - others).abs() <= step).all()
     assert (values != others).float().mean() < 0.05
 
 
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("round_to", ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_modulate(dtype: torch.dtype, fp8: bool) -> None:
+def test_modulate(dtype: torch.dtype, round_to: torch.dtype | None) -> None:
     _, shift, scale, owner = modulations(dtype)
-    assert_same("modulate", noise(TOKENS, WIDTH, dtype=dtype), shift, scale, owner, fp8=fp8)
+    assert_same(
+        "modulate", noise(TOKENS, WIDTH, dtype=dtype), shift, scale, owner, round_to=round_to
+    )
 
 
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("round_to", ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_add_and_modulate(dtype: torch.dtype, fp8: bool) -> None:
+def test_add_and_modulate(dtype: torch.dtype, round_to: torch.dtype | None) -> None:
     x, y = (noise(TOKENS, WIDTH, dtype=dtype, seed=seed) for seed in (2, 3))
     gate, shift, scale, owner = modulations(dtype)
-    residual, found = fused.add_and_modulate(x, y, gate, shift, scale, owner, fp8=fp8)
+    residual, found = fused.add_and_modulate(x, y, gate, shift, scale, owner, round_to=round_to)
     assert torch.equal(residual, fused.add(x, y, gate, owner))
-    expected = fused.modulate(residual, shift, scale, owner, fp8=fp8)
-    if fp8:
+    expected = fused.modulate(residual, shift, scale, owner, round_to=round_to)
+    if round_to:
         assert torch.equal(found.scales, expected.scales)
         assert torch.equal(found.values.float(), expected.values.float())
     else:
@@ -104,27 +112,53 @@ def test_add_stays_finite_in_half_precision() -> None:
         assert (ops.add(x, x, one, owner) == 65504).all()
 
 
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("round_to", ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gelu(dtype: torch.dtype, fp8: bool) -> None:
-    assert_same("gelu", 3 * noise(TOKENS, WIDTH, dtype=dtype), fp8=fp8)
+def test_gelu(dtype: torch.dtype, round_to: torch.dtype | None) -> None:
+    assert_same("gelu", 3 * noise(TOKENS, WIDTH, dtype=dtype), round_to=round_to)
 
 
+@pytest.mark.parametrize("round_to", [FP8, torch.int8])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quantise(dtype: torch.dtype) -> None:
+def test_quantise(dtype: torch.dtype, round_to: torch.dtype) -> None:
     x = noise(TOKENS, WIDTH, dtype=dtype)
     x[3] = 0
     x[5, 7] = 1000  # an outlier costs its own token's precision only
-    assert_same("quantise", x)
-    found = fused.quantise(x)
+    assert_same("quantise", x, round_to)
+    found = fused.quantise(x, round_to)
     assert found.scales[5] > 10 * found.scales[4] and found.scales[3] > 0
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_to_stream(fp8: bool) -> None:
+def test_halves_are_rounded_to_even() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, -127.0]], device=DEVICE)
+    for ops in (fused, reference):
+        assert ops.quantise(x, torch.int8).values.tolist() == [[127, 0, 2, 2, 0, -2, -126, -127]]
+
+
+@pytest.mark.parametrize(
+    ("ops", "round_to"), [(fused, torch.int8), (reference, torch.int8), (reference, FP8)]
+)  # Triton's interpreter has no NaN in FP8
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_number_is_not_lost(broken: float, ops: Any, round_to: torch.dtype) -> None:
+    x = noise(TOKENS, WIDTH)
+    x[3, 5] = broken
+    mods = torch.zeros(1, WIDTH, device=DEVICE)
+    owner = torch.zeros(TOKENS, dtype=torch.int64, device=DEVICE)
+    for found in (
+        ops.quantise(x, round_to),
+        ops.gelu(x, round_to=round_to),
+        ops.modulate(x, mods, mods, owner, round_to=round_to),
+    ):
+        is_finite = (found.values.float() * found.scales).isfinite()
+        assert not is_finite[3].all()
+        assert is_finite[:3].all() and is_finite[4:].all()
+
+
+@pytest.mark.parametrize("round_to", ROUNDINGS)
+def test_to_stream(round_to: torch.dtype | None) -> None:
     x = noise(TOKENS, WIDTH, dtype=torch.bfloat16)
     places = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    assert_same("to_stream", x, places, fp8=fp8)
+    assert_same("to_stream", x, places, round_to=round_to)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,7 +15,13 @@ import torch
 from image_worker.catalog import LIGHTNING_SAMPLER
 from image_worker.errors import DoesNotFit, InvalidSettings, ModelMismatch
 from image_worker.model import build as build_module
-from image_worker.model.build import _attends_in_int8, _compute_dtype, build, keep_kernels
+from image_worker.model.build import (
+    _attends_in_int8,
+    _compute,
+    _compute_dtype,
+    build,
+    keep_kernels,
+)
 from image_worker.model.placement import GIB, Hardware, Plan
 from image_worker.settings import Settings
 from tests.conftest import MINI, MINI_FOLDER, build_mini, mini_model
@@ -96,8 +102,9 @@ def test_what_does_not_fit_is_tried_again_with_offload(monkeypatch: Any, caplog:
     model.placement.bring("vae")
 
 
-HOPPER = Hardware("H200", 100 * GIB, has_fp8=True, is_hopper=True)
-ADA = Hardware("L40S", 100 * GIB, has_fp8=True)
+HOPPER = Hardware("H200", 100 * GIB, capability=(9, 0))
+ADA = Hardware("L40S", 100 * GIB, capability=(8, 9))
+AMPERE = Hardware("A100", 100 * GIB, capability=(8, 0))
 CPU = Hardware("CPU")
 
 
@@ -138,6 +145,45 @@ def test_attention_in_int8_that_cannot_run_is_refused(monkeypatch: Any) -> None:
     monkeypatch.setattr(build_module, "Int8", fail)
     with pytest.raises(InvalidSettings, match="set ATTENTION=bf16"):
         build_mini(torch.bfloat16, attention="int8")
+
+
+@pytest.mark.parametrize(
+    ("env", "hardware", "precision", "expected"),
+    [
+        ({}, HOPPER, "4bit", "fp8"),
+        ({}, AMPERE, "4bit", "int8"),
+        ({}, CPU, "4bit", "bf16"),
+        ({"COMPUTE": "int8"}, HOPPER, "4bit", "int8"),
+        ({"COMPUTE": "int8"}, AMPERE, "8bit", "int8"),
+        ({"COMPUTE": "int8"}, CPU, "8bit", "int8"),
+        ({"COMPUTE": "fp8"}, CPU, "4bit", "fp8"),
+        ({"COMPUTE": "bf16"}, HOPPER, "fp8", "bf16"),
+        ({"QUANTIZE_COMPONENTS": "text"}, AMPERE, "4bit", "bf16"),
+    ],
+)
+def test_what_products_are_in(
+    env: dict[str, str], hardware: Hardware, precision: Any, expected: str
+) -> None:
+    plan = Plan(precision, "none", None, None, None)
+    assert _compute(Settings.from_env(env), plan, hardware, torch.bfloat16) == expected
+
+
+@pytest.mark.parametrize(
+    ("compute", "hardware", "precision", "takes"),
+    [
+        ("fp8", AMPERE, "4bit", "PRECISION_MODE=fp8 or 4bit and a card of .* 8.9"),
+        ("fp8", HOPPER, "bf16", "PRECISION_MODE=fp8 or 4bit"),
+        ("int8", HOPPER, "bf16", "PRECISION_MODE=8bit or 4bit and a card of .* 7.5"),
+        ("int8", CPU, "bf16", "PRECISION_MODE=8bit or 4bit"),
+    ],
+)
+def test_products_that_cannot_be_are_refused(
+    compute: str, hardware: Hardware, precision: Any, takes: str
+) -> None:
+    plan = Plan(precision, "none", None, None, None)
+    settings = Settings.from_env({"COMPUTE": compute})
+    with pytest.raises(InvalidSettings, match=f"COMPUTE={compute} is impossible.*{takes}"):
+        _compute(settings, plan, hardware, torch.bfloat16)
 
 
 def test_compiled_kernels_are_kept_beside_the_weights(tmp_path: Path, monkeypatch: Any) -> None:

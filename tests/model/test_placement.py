@@ -20,9 +20,11 @@ SIZES: Any = {
 SHAPE = Shape(width=3072, zero_cond_t=False, vae_base=96, tokens=8448, pixels=1024 * 1024)
 
 
-def decide(free: float | None, *, has_fp8: bool = False, **variables: str) -> Any:
+def decide(free: float | None, *, capability: tuple[int, int] = (8, 6), **variables: str) -> Any:
     settings = Settings.from_env({name.upper(): value for name, value in variables.items()})
-    hardware = Hardware("card", None if free is None else int(free * GIB), has_fp8=has_fp8)
+    hardware = Hardware("CPU")
+    if free is not None:
+        hardware = Hardware("card", int(free * GIB), capability=capability)
     return plan(settings, SIZES, SHAPE, hardware)
 
 
@@ -48,10 +50,11 @@ def test_auto_by_free_memory(free: float, precision: str, offload: str) -> None:
     ("free", "precision"), [(47, "bf16"), (39, "fp8"), (31, "fp8"), (23, "4bit")]
 )
 def test_auto_takes_fp8_where_it_is_multiplied_and_leaves_room(free: float, precision: str) -> None:
-    assert decide(free, has_fp8=True).precision == precision
-    assert decide(39, has_fp8=True, compute="bf16").precision == "4bit"
-    assert decide(39, has_fp8=True, bnb_compute="fp16").precision == "4bit"
-    assert decide(23, has_fp8=True, precision_mode="fp8").offload == "none"
+    assert decide(free, capability=(8, 9)).precision == precision
+    assert decide(39, capability=(8, 9), compute="bf16").precision == "4bit"
+    assert decide(39, capability=(8, 9), compute="int8").precision == "4bit"
+    assert decide(39, capability=(8, 9), bnb_compute="fp16").precision == "4bit"
+    assert decide(23, capability=(8, 9), precision_mode="fp8").offload == "none"
 
 
 def test_room_is_counted_in_tokens_as_it_was_planned() -> None:

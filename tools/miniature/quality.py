@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--per-kind", type=int, default=30, help="edits of each of the 20 kinds")
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=(*PRECISIONS, "fp8"))
     parser.add_argument("--attention", default="auto", choices=("auto", "bf16", "int8"))
+    parser.add_argument("--compute", default="auto", choices=("auto", "bf16", "fp8", "int8"))
     names = [sampling.name for sampling in SAMPLINGS]
     parser.add_argument("--samplings", nargs="+", default=names, choices=names, metavar="NAME")
     options = parser.parse_args()
@@ -111,7 +112,7 @@ def main() -> None:
                 continue
             if sampling.name not in options.samplings:
                 continue
-            model = load(precision, sampling, options.attention)
+            model = load(precision, sampling, options.attention, options.compute)
             encoded = encoded or encode(model, examples)
             clock = time.perf_counter()
             results = edit(model, encoded, sampling)
@@ -137,10 +138,13 @@ def make_examples(per_kind: int) -> Examples:
     return Examples(edits, before, answers, styled, references)
 
 
-def load(precision: str, sampling: Sampling, attention: str = "auto") -> Model:
+def load(
+    precision: str, sampling: Sampling, attention: str = "auto", compute: str = "auto"
+) -> Model:
     settings = Settings.from_env(
         {
             "ATTENTION": attention,
+            "COMPUTE": compute,
             "PRECISION_MODE": precision,
             "USE_LIGHTNING_LORA": str(int(sampling.lightning is not None)),
             "LIGHTNING_STEPS": str(sampling.lightning or 8),

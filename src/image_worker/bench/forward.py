@@ -22,9 +22,10 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
+from image_worker.compute import Compute, automatic, possible
 from image_worker.model.attention import Int8
 from image_worker.model.formats import FORMATS
-from image_worker.model.transformer import Row, Transformer, velocities
+from image_worker.model.transformer import ROUND_TO, Row, Transformer, velocities
 from image_worker.settings import Precision
 
 ROUNDS = 9
@@ -42,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--outliers", action="store_true", help="some channels 20 times the others")
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of cases, from 0")
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=FORMATS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
@@ -57,7 +59,7 @@ def main() -> None:
         exact = {case: stock(model, row) for case, row in rows.items()}
     sys.stdout.write(f"| {' | '.join(_COLUMNS)} |\n{'| --- ' * len(_COLUMNS)}|\n")
     found = []
-    for precision in PRECISIONS:
+    for precision in options.precisions:
         gc.collect()  # the last precision's modules, which hold themselves
         torch.cuda.empty_cache()
         try:
@@ -155,11 +157,15 @@ def stock(model: Any, row: Row, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return output[0, : height * width]  # type: ignore[no-any-return]
 
 
-def ours(model: Any, *, fp8: bool, int8_attention: bool) -> Transformer:
+def ours(model: Any, compute: Compute = "bf16", *, int8_attention: bool = False) -> Transformer:
     """What serves, of the weights of `model`, which keeps them."""
-    attention = Int8(_CARD) if int8_attention else None
-    made = Transformer(copy.deepcopy(model), _CARD, torch.bfloat16, fp8=fp8, attention=attention)
-    return made.eval()
+    return Transformer(
+        copy.deepcopy(model),
+        _CARD,
+        torch.bfloat16,
+        round_to=ROUND_TO[compute],
+        attention=Int8(_CARD) if int8_attention else None,
+    ).eval()
 
 
 def _compare(
@@ -173,14 +179,12 @@ def _compare(
     if precision != "bf16":
         quantised = copy.deepcopy(model)
         quantise(quantised, precision)
-    capability = torch.cuda.get_device_capability()
-    served: dict[str, Transformer] = {}
-    fp8 = capability >= (8, 9)
-    served["ours, bf16 attention"] = ours(quantised, fp8=fp8, int8_attention=False)
-    if capability == (9, 0):
-        served["ours, int8 attention"] = ours(quantised, fp8=fp8, int8_attention=True)
-    else:
-        sys.stdout.write("int8 attention is left out: this is no Hopper card\n")
+    served = {
+        f"ours, {compute} products, {'int8' if int8_attention else 'bf16'} attention": ours(
+            quantised, compute, int8_attention=int8_attention
+        )
+        for compute, int8_attention in _ways(precision, torch.cuda.get_device_capability())
+    }
     for case, row in rows.items():
         ways: dict[str, Callable[[], Tensor]] = {
             name: lambda transformer=transformer: velocities(transformer, [row])[0]  # type: ignore[misc]  # noqa: B023
@@ -197,6 +201,16 @@ def _compare(
             middle, spread = median(taken)
             cells = (f"{middle:.1f}", f"{spread:.1f}", f"{error:.4f}")
             yield (f"{case[0]}²", case[1], precision, name, *cells)
+
+
+def _ways(precision: Precision, capability: tuple[int, int]) -> list[tuple[Compute, bool]]:
+    """What ours multiplies in, and whether it attends in int8: by itself, and if asked to."""
+    ways = [(automatic(precision, capability, bf16=True), False)]
+    if capability == (9, 0):
+        ways.append((ways[0][0], True))
+    if ways[0][0] != "int8" and "int8" in possible(precision, capability, bf16=True):
+        ways.append(("int8", False))
+    return ways
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

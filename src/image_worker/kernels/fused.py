@@ -11,32 +11,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from image_worker.kernels.reference import EPSILON, FP8, Activation, Quantised
+from image_worker.kernels import int8
+from image_worker.kernels.nf4 import decode as decode_nf4
+from image_worker.kernels.reference import EPSILON, Activation, Quantised
+from image_worker.kernels.rounding import factor_of_token, rounded, store_rounded
 
-_LEAST_AMAX = tl.constexpr(1e-12)
-_FP8_MAX = tl.constexpr(448.0)
+__all__ = ["decode_nf4"]
+
 _FP16_MAX = tl.constexpr(65504.0)
 _EPSILON = tl.constexpr(EPSILON)
 
 
-def quantise(x: Tensor) -> Quantised:
+def quantise(x: Tensor, round_to: torch.dtype) -> Quantised:
     """As `reference.quantise`."""
-    return _to_quantised(x, None)
+    return _to_quantised(x, None, round_to)
 
 
-def to_stream(mixed: Tensor, places: Tensor, *, fp8: bool) -> Activation:
+def to_stream(mixed: Tensor, places: Tensor, *, round_to: torch.dtype | None) -> Activation:
     """As `reference.to_stream`."""
-    return _to_quantised(mixed, places) if fp8 else mixed[places]
+    return mixed[places] if round_to is None else _to_quantised(mixed, places, round_to)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, owner: Tensor, *, fp8: bool) -> Activation:
+def modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, owner: Tensor, *, round_to: torch.dtype | None
+) -> Activation:
     """As `reference.modulate`."""
-    return _norm(x, None, (shift, scale), owner, fp8=fp8)[1]
+    return _norm(x, None, (shift, scale), owner, round_to)[1]
 
 
 def add(x: Tensor, y: Tensor, gate: Tensor, owner: Tensor) -> Tensor:
     """As `reference.add`."""
-    return _norm(x, (y, gate), None, owner, fp8=False)[0]
+    return _norm(x, (y, gate), None, owner, None)[0]
 
 
 def add_and_modulate(
@@ -47,20 +52,38 @@ def add_and_modulate(
     scale: Tensor,
     owner: Tensor,
     *,
-    fp8: bool,
+    round_to: torch.dtype | None,
 ) -> tuple[Tensor, Activation]:
     """As `reference.add_and_modulate`."""
     addend = None if y is None or gate is None else (y, gate)
-    return _norm(x, addend, (shift, scale), owner, fp8=fp8)
+    return _norm(x, addend, (shift, scale), owner, round_to)
 
 
-def gelu(x: Tensor, *, fp8: bool) -> Activation:
+def gelu(x: Tensor, *, round_to: torch.dtype | None) -> Activation:
     """As `reference.gelu`."""
     tokens, width = x.shape
-    values, scales = _room(x, fp8=fp8)
+    found = _room(x, round_to)
+    values, scales = _parts(found)
     shape = _shape(triton.cdiv(width, 3), per_warp=512)
-    _gelu_kernel[(tokens,)](x, values, scales, width, FP8=fp8, **shape)
-    return Quantised(values, scales) if fp8 else values
+    _gelu_kernel[(tokens,)](x, values, scales, width, ROUND=round_to is not None, **shape)
+    return found
+
+
+def multiply(x: Quantised, weight: Tensor, scales: Tensor, bias: Tensor, into: Tensor) -> None:
+    """As `reference.multiply`; FP8 into bfloat16 only."""
+    if weight.dtype == torch.int8:
+        int8.multiply(x, weight, scales, bias, into)
+        return
+    torch._scaled_mm(
+        x.values,
+        weight.t(),
+        scale_a=x.scales,
+        scale_b=scales.t(),
+        bias=bias,
+        out_dtype=into.dtype,
+        use_fast_accum=True,
+        out=into,
+    )
 
 
 def to_joint_heads(
@@ -86,13 +109,15 @@ def to_joint_heads(
     return joint[0], joint[1], joint[2]
 
 
-def _to_quantised(x: Tensor, places: Tensor | None) -> Quantised:
+def _to_quantised(x: Tensor, places: Tensor | None, round_to: torch.dtype) -> Quantised:
     tokens, width = x.shape
-    values, scales = _room(x, fp8=True)
+    found = _quantised_room(x, round_to)
     index = x if places is None else places
     gather = places is not None
-    _quantise_kernel[(tokens,)](x, index, values, scales, width, GATHER=gather, **_shape(width))
-    return Quantised(values, scales)
+    _quantise_kernel[(tokens,)](
+        x, index, found.values, found.scales, width, GATHER=gather, **_shape(width)
+    )
+    return found
 
 
 def _norm(
@@ -100,8 +125,7 @@ def _norm(
     addend: tuple[Tensor, Tensor] | None,
     modulation: tuple[Tensor, Tensor] | None,
     owner: Tensor,
-    *,
-    fp8: bool,
+    round_to: torch.dtype | None,
 ) -> tuple[Tensor, Activation]:
     """x + gate · y where there is an addend, and its norm, modulated, where there is modulation."""
     tokens, width = x.shape
@@ -110,7 +134,8 @@ def _norm(
     strides = {part.stride(0) for pair in (addend and (gate,), modulation) for part in pair or ()}
     (stride,) = strides  # rows of all vectors are equally far from each other
     residual = torch.empty_like(x) if addend else x
-    values, scales = _room(x, fp8=fp8) if modulation else (x, x)
+    found = _room(x, round_to) if modulation else x
+    values, scales = _parts(found)
     _norm_kernel[(tokens,)](
         x,
         y,
@@ -125,40 +150,32 @@ def _norm(
         stride,
         ADD=addend is not None,
         MODULATE=modulation is not None,
-        FP8=fp8,
+        ROUND=round_to is not None,
         CLIP=x.dtype == torch.float16,
         **_shape(width),
     )
-    return residual, Quantised(values, scales) if fp8 else values
+    return residual, found
 
 
-def _room(x: Tensor, *, fp8: bool) -> tuple[Tensor, Tensor]:
-    """Where an activation of x's shape goes, and its scales."""
-    if not fp8:
-        return torch.empty_like(x), x
+def _room(x: Tensor, round_to: torch.dtype | None) -> Activation:
+    """For an activation of x's shape."""
+    return torch.empty_like(x) if round_to is None else _quantised_room(x, round_to)
+
+
+def _quantised_room(x: Tensor, round_to: torch.dtype) -> Quantised:
     scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    return torch.empty_like(x, dtype=FP8), scales
+    return Quantised(torch.empty_like(x, dtype=round_to), scales, x.dtype)
+
+
+def _parts(room: Activation) -> tuple[Tensor, Tensor]:
+    """Where a kernel writes values and scales: the latter nowhere, where there are none."""
+    return (room.values, room.scales) if isinstance(room, Quantised) else (room, room)
 
 
 def _shape(width: int, per_warp: int = 1024) -> dict[str, int]:
     """A block of a program; per_warp: values of it for each warp, what was fastest on an H200."""
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // per_warp))}
-
-
-@triton.jit
-def _store_fp8(row, values, scales, token, width, columns, inside):  # type: ignore[no-untyped-def]
-    """One token, quantised. row is 0 where it is not inside."""
-    factor = _fp8_factor(tl.max(tl.abs(row)), scales, token)
-    tl.store(values + token * width + columns, (row * factor).to(tl.float8e4nv), mask=inside)
-
-
-@triton.jit
-def _fp8_factor(amax, scales, token):  # type: ignore[no-untyped-def]
-    """What to multiply a token's values by, so that one division does; its scale is stored."""
-    amax = tl.maximum(amax, _LEAST_AMAX)
-    tl.store(scales + token, amax / _FP8_MAX)
-    return _FP8_MAX / amax
 
 
 @triton.jit
@@ -170,12 +187,12 @@ def _quantise_kernel(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     row = tl.load(x + source * width + columns, mask=inside, other=0.0).to(tl.float32)
-    _store_fp8(row, values, scales, token, width, columns, inside)
+    store_rounded(row, values, scales, token, width, columns, inside)
 
 
 @triton.jit
 def _gelu_kernel(  # type: ignore[no-untyped-def]
-    x, values, scales, width, FP8: tl.constexpr, BLOCK: tl.constexpr
+    x, values, scales, width, ROUND: tl.constexpr, BLOCK: tl.constexpr
 ):
     # In thirds: blocks are powers of two, and the model's widths are three times one. This kernel
     # has so much to compute that a whole row in a block, a quarter of it idle, takes longer.
@@ -187,14 +204,14 @@ def _gelu_kernel(  # type: ignore[no-untyped-def]
     row1 = _gelu(x + start, first, width)
     row2 = _gelu(x + start, second, width)
     row3 = _gelu(x + start, third, width)
-    if FP8:
-        highest = tl.maximum(tl.maximum(tl.abs(row1), tl.abs(row2)), tl.abs(row3))
-        factor = _fp8_factor(tl.max(highest), scales, token)
-        row1, row2, row3 = row1 * factor, row2 * factor, row3 * factor
     dtype = values.dtype.element_ty
-    tl.store(values + start + first, row1.to(dtype), mask=first < width)
-    tl.store(values + start + second, row2.to(dtype), mask=second < width)
-    tl.store(values + start + third, row3.to(dtype), mask=third < width)
+    if ROUND:
+        highest = tl.maximum(tl.maximum(tl.abs(row1), tl.abs(row2)), tl.abs(row3))
+        factor = factor_of_token(tl.max(highest), row1 + row2 + row3, scales, token, dtype)
+        row1, row2, row3 = row1 * factor, row2 * factor, row3 * factor
+    tl.store(values + start + first, rounded(row1, dtype), mask=first < width)
+    tl.store(values + start + second, rounded(row2, dtype), mask=second < width)
+    tl.store(values + start + third, rounded(row3, dtype), mask=third < width)
 
 
 @triton.jit
@@ -219,7 +236,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     stride,
     ADD: tl.constexpr,
     MODULATE: tl.constexpr,
-    FP8: tl.constexpr,
+    ROUND: tl.constexpr,
     CLIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -243,8 +260,8 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
         factor = tl.load(scale + vector + columns, mask=inside, other=0.0).to(tl.float32)
         offset = tl.load(shift + vector + columns, mask=inside, other=0.0).to(tl.float32)
         row = row * (1 + factor) + offset
-        if FP8:
-            _store_fp8(row, values, scales, token, width, columns, inside)
+        if ROUND:
+            store_rounded(row, values, scales, token, width, columns, inside)
         else:
             tl.store(values + at, row.to(values.dtype.element_ty), mask=inside)
 

@@ -1,4 +1,4 @@
-"""NF4 weights decoded to FP8: just before each product, into a buffer that all of them share.
+"""NF4 weights decoded to FP8 or int8: just before each product, into a buffer that all share.
 
 A block of 64 weights can only become 16 values. So each block's values are computed once, packed
 into four registers, and weights are looked up there, four at a time, by the instruction that
@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from image_worker.kernels.rounding import to_int8
+
 if TYPE_CHECKING:
-    from image_worker.model.linear import Nf4ByFp8
+    from image_worker.model.linear import Nf4
 
 _ROWS, _BLOCKS = 8, 16  # of one program's tile
 _WORDS = 8  # of 32 bits in a block of 64 weights
@@ -23,11 +25,11 @@ _WORDS = 8  # of 32 bits in a block of 64 weights
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def decode(weight: Nf4ByFp8, into: Tensor) -> Tensor:
-    """The weights in FP8, (rows, columns), in the memory of `into` (uint8 or FP8, large enough)."""
+def decode(weight: Nf4, into: Tensor) -> Tensor:
+    """As `reference.decode_nf4`."""
     rows, half = weight.codes.shape
     columns = 2 * half
-    found = into.view(torch.float8_e4m3fn)[: rows * columns].view(rows, columns)
+    found = into[: rows * columns].view(weight.round_to).view(rows, columns)
     layers = len(weight.offsets)
     programs = (triton.cdiv(rows, _ROWS), triton.cdiv(columns // 64, _BLOCKS))
     _decode_kernel[programs](
@@ -46,6 +48,7 @@ def decode(weight: Nf4ByFp8, into: Tensor) -> Tensor:
         ROWS=_ROWS,
         BLOCKS=_BLOCKS,
         WORDS=_WORDS,
+        INT8=weight.round_to == torch.int8,
         num_warps=4,
     )
     return found
@@ -68,6 +71,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
+    INT8: tl.constexpr,
 ):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     layer = row // layer_rows
@@ -88,10 +92,10 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     scale /= tl.load(row_scales + row, mask=row < rows, other=1.0)
     scale = scale[:, :, None]
 
-    values0 = _four_values(grid, scale)
-    values1 = _four_values(grid + 4, scale)
-    values2 = _four_values(grid + 8, scale)
-    values3 = _four_values(grid + 12, scale)
+    values0 = _four_values(grid, scale, INT8)
+    values1 = _four_values(grid + 4, scale, INT8)
+    values2 = _four_values(grid + 8, scale, INT8)
+    values3 = _four_values(grid + 12, scale, INT8)
     # A digit of `within` says which of eight values a code means, of the lower or the higher eight;
     # one of `choice`, in which of two registers its byte is: from 4 on, in the higher eight's.
     within = packed & 0x77777777
@@ -104,14 +108,25 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _four_values(grid, scale):  # type: ignore[no-untyped-def]
-    """Four of the grid's values, scaled, in FP8: the first in the lowest byte."""
+def _four_values(grid, scale, INT8: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Four of the grid's values, scaled, in FP8 or int8: the first in the lowest byte."""
     a = tl.load(grid) * scale
     b = tl.load(grid + 1) * scale
     c = tl.load(grid + 2) * scale
     d = tl.load(grid + 3) * scale
     if _INTERPRETED:
-        return _byte(a) | _byte(b) << 8 | _byte(c) << 16 | _byte(d) << 24
+        return _byte(a, INT8) | _byte(b, INT8) << 8 | _byte(c, INT8) << 16 | _byte(d, INT8) << 24
+    if INT8:
+        return tl.inline_asm_elementwise(
+            "{ .reg .s32 a, b, c, d, high; cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2;"
+            " cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4;"
+            " cvt.pack.sat.s8.s32.b32 high, d, c, 0; cvt.pack.sat.s8.s32.b32 $0, b, a, high; }",
+            "=r,f,f,f,f",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
     return tl.inline_asm_elementwise(
         "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;"
         " cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
@@ -124,8 +139,9 @@ def _four_values(grid, scale):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _byte(value):  # type: ignore[no-untyped-def]
-    return value.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+def _byte(value, INT8: tl.constexpr):  # type: ignore[no-untyped-def]
+    rounded = to_int8(value) if INT8 else value.to(tl.float8e4nv)
+    return rounded.to(tl.uint8, bitcast=True).to(tl.int32)
 
 
 @triton.jit

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from image_worker.model.linear import Nf4
 
 EPSILON = 1e-6  # of every norm in this architecture
 FP8 = torch.float8_e4m3fn
@@ -19,6 +23,7 @@ FP8_MAX = 448.0
 LEAST_AMAX = 1e-12  # so that a token of zeros has a scale
 FP16_MAX = 65504.0
 INT8_MAX = 127.0
+LARGEST = {FP8: FP8_MAX, torch.int8: INT8_MAX}  # of the types that values are rounded to
 TILE = 128  # tokens of keys and values that share a scale
 TASK = 192  # queries that the kernel of this attention takes at a time
 # What a tile's largest value counts as, at least, when its scale is chosen. Weights are rounded
@@ -27,40 +32,57 @@ TASK = 192  # queries that the kernel of this attention takes at a time
 LEAST_VALUE = 2.0**-4
 _HEADROOM = 256  # the softmax's largest weight, in FP8: small ones keep more of their bits
 _SCALES_ALIGNMENT = 16  # bytes; cuBLAS refuses others
+_LEAST_ROWS = 17  # that torch multiplies in int8 on a card
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """values (N, W) in float8_e4m3fn, and what to multiply each token by: scales (N, 1) float32."""
+    """values (N, W) in FP8 or int8, and what to multiply each token by: scales (N, 1) float32.
+
+    dtype: the type that was rounded. Of a token with NaN the values or the scale are NaN.
+    """
 
     values: Tensor
     scales: Tensor
+    dtype: torch.dtype
 
     def __getitem__(self, tokens: slice) -> Quantised:
         scales = self.scales[tokens]
         if scales.data_ptr() % _SCALES_ALIGNMENT:
             scales = scales.clone()
-        return Quantised(self.values[tokens], scales)
+        return Quantised(self.values[tokens], scales, self.dtype)
 
 
 Activation = Tensor | Quantised
 
 
-def quantise(x: Tensor) -> Quantised:
-    """Each token (N, W) by a scale of its own, so that its largest value is FP8's largest."""
+def quantise(x: Tensor, round_to: torch.dtype) -> Quantised:
+    """Each token (N, W) by a scale of its own, so that its largest value is the type's largest."""
     wide = x.float()
-    scales = wide.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST_AMAX) / FP8_MAX
-    return Quantised((wide / scales).to(FP8), scales)
+    scales = wide.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST_AMAX) / LARGEST[round_to]
+    return Quantised(round_values(wide / scales, round_to), scales, x.dtype)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, owner: Tensor, *, fp8: bool) -> Activation:
+def round_values(x: Tensor, round_to: torch.dtype) -> Tensor:
+    """x in the type `round_to`: the nearest, of two the even one."""
+    return (x.round() if round_to == torch.int8 else x).to(round_to)
+
+
+def _rounded_if(x: Tensor, round_to: torch.dtype | None) -> Activation:
+    return x if round_to is None else quantise(x, round_to)
+
+
+def modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, owner: Tensor, *, round_to: torch.dtype | None
+) -> Activation:
     """LayerNorm without weights, times (1 + scale), plus shift.
 
-    x (N, W); shift, scale (M, W), of which token n takes number owner[n].
+    x (N, W); shift, scale (M, W), of which token n takes number owner[n]; round_to: FP8, int8, or
+    None for x's own type.
     """
     normal = functional.layer_norm(x, x.shape[-1:], eps=EPSILON)
     result = normal * (1 + scale[owner]) + shift[owner]
-    return quantise(result) if fp8 else result
+    return _rounded_if(result, round_to)
 
 
 def add(x: Tensor, y: Tensor, gate: Tensor, owner: Tensor) -> Tensor:
@@ -79,18 +101,18 @@ def add_and_modulate(
     scale: Tensor,
     owner: Tensor,
     *,
-    fp8: bool,
+    round_to: torch.dtype | None,
 ) -> tuple[Tensor, Activation]:
     """`add`, where there is something to add, and `modulate` of its result."""
     if y is not None and gate is not None:
         x = add(x, y, gate, owner)
-    return x, modulate(x, shift, scale, owner, fp8=fp8)
+    return x, modulate(x, shift, scale, owner, round_to=round_to)
 
 
-def gelu(x: Tensor, *, fp8: bool) -> Activation:
+def gelu(x: Tensor, *, round_to: torch.dtype | None) -> Activation:
     """GELU by its tanh formula."""
     result = functional.gelu(x, approximate="tanh")
-    return quantise(result) if fp8 else result
+    return _rounded_if(result, round_to)
 
 
 def to_joint_heads(
@@ -169,7 +191,53 @@ def _largest_of_tiles(x: Tensor) -> Tensor:
     return torch.cat(parts, dim=1).clamp(min=LEAST_AMAX)
 
 
-def to_stream(mixed: Tensor, places: Tensor, *, fp8: bool) -> Activation:
+def to_stream(mixed: Tensor, places: Tensor, *, round_to: torch.dtype | None) -> Activation:
     """Attention's output (N, W), joint order, in stream order."""
-    result = mixed[places]
-    return quantise(result) if fp8 else result
+    return _rounded_if(mixed[places], round_to)
+
+
+def multiply(x: Quantised, weight: Tensor, scales: Tensor, bias: Tensor, into: Tensor) -> None:
+    """into (N, out) = x · weightᵀ + bias.
+
+    weight (out, in), in the type of x's values; scales (out, 1) float32: what to multiply each of
+    its rows by.
+    """
+    if weight.dtype == torch.int8:
+        sums = _sums_of_integers(x.values, weight)
+    else:
+        sums = x.values.float() @ weight.float().t()
+    sums = sums * x.scales
+    sums *= scales.t()
+    sums += bias
+    into.copy_(sums)
+
+
+def _sums_of_integers(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ, exact."""
+    if not x.is_cuda:  # whose products of integers are slower than these
+        return x.double() @ weight.double().t()
+    padded = functional.pad(x, (0, 0, 0, max(0, _LEAST_ROWS - len(x))))
+    return torch._int_mm(padded, weight.t())[: len(x)]
+
+
+def decode_nf4(weight: Nf4, into: Tensor) -> Tensor:
+    """The weights in FP8 or int8, (rows, columns), in the memory of `into` (uint8, large enough).
+
+    What to multiply them by is `weight.row_scales`.
+    """
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    rows, half = weight.codes.shape
+    levels = weight.levels[weight.scales.int()].view(len(weight.offsets), -1)
+    outer = weight.scales_of_scales.repeat_interleave(256, dim=1)[:, : levels.shape[1]]
+    scales = (levels * outer + weight.offsets[:, None]).view(rows, -1) / weight.row_scales
+    state = QuantState(
+        scales.flatten(),
+        shape=torch.Size((rows, 2 * half)),
+        code=weight.grid,
+        blocksize=64,
+        quant_type="nf4",
+        dtype=torch.float32,
+    )
+    found = into[: 2 * weight.codes.numel()].view(weight.round_to).view(rows, 2 * half)
+    return found.copy_(round_values(dequantize_4bit(weight.codes, state), weight.round_to))

@@ -69,11 +69,17 @@ class Order:
 class Attention(Protocol):
     """qkv (N, 3 · heads · D), norms (2, 2, D): as `reference.to_joint_heads` takes them.
 
-    Returns (N, heads · D), stream order, quantised if `fp8`.
+    Returns (N, heads · D), stream order; round_to: FP8, int8, or None for qkv's own type.
     """
 
     def __call__(
-        self, qkv: Tensor, norms: Tensor, order: Order, text_tokens: int, *, fp8: bool
+        self,
+        qkv: Tensor,
+        norms: Tensor,
+        order: Order,
+        text_tokens: int,
+        *,
+        round_to: torch.dtype | None,
     ) -> Activation: ...
 
 
@@ -85,11 +91,17 @@ class Exact:
         self._ops = ops
 
     def __call__(
-        self, qkv: Tensor, norms: Tensor, order: Order, text_tokens: int, *, fp8: bool
+        self,
+        qkv: Tensor,
+        norms: Tensor,
+        order: Order,
+        text_tokens: int,
+        *,
+        round_to: torch.dtype | None,
     ) -> Activation:
         q, k, v = self._ops.to_joint_heads(qkv, norms, order.rope, order.places, text_tokens)
         mixed = attend(q, k, v, order.lengths)
-        found: Activation = self._ops.to_stream(mixed, order.places, fp8=fp8)
+        found: Activation = self._ops.to_stream(mixed, order.places, round_to=round_to)
         return found
 
 
@@ -105,17 +117,23 @@ class Int8:
             self._attend = Attend(cache)
 
     def __call__(
-        self, qkv: Tensor, norms: Tensor, order: Order, text_tokens: int, *, fp8: bool
+        self,
+        qkv: Tensor,
+        norms: Tensor,
+        order: Order,
+        text_tokens: int,
+        *,
+        round_to: torch.dtype | None,
     ) -> Activation:
         if self._attend is None:
             q, k, v = reference.to_joint_heads(qkv, norms, order.rope, order.places, text_tokens)
             mixed = reference.attend_int8(q, k, v, order.lengths)
-            return reference.to_stream(mixed, order.places, fp8=fp8)
+            return reference.to_stream(mixed, order.places, round_to=round_to)
         from image_worker.kernels import fused
 
         tiles = self._attend.to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
         mixed = self._attend(tiles, order.tasks, order.owners, len(qkv), norms.shape[-1])
-        return fused.quantise(mixed) if fp8 else mixed
+        return mixed if round_to is None else fused.quantise(mixed, round_to)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:

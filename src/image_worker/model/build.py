@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
 from image_worker.catalog import LIGHTNING_SAMPLER, ModelEntry, Sampler
+from image_worker.compute import LEAST, POSSIBLE, Compute, automatic, possible
 from image_worker.errors import DoesNotFit, InvalidSettings
 from image_worker.model import components, files, weights
 from image_worker.model.attention import Int8
@@ -26,7 +27,7 @@ from image_worker.model.lora import Lora
 from image_worker.model.offload import Placement
 from image_worker.model.placement import Hardware, Plan, Sizes, plan
 from image_worker.model.remembered import Remembered
-from image_worker.model.transformer import Transformer
+from image_worker.model.transformer import ROUND_TO, Transformer
 from image_worker.model.vae import PictureVae
 from image_worker.settings import Precision, Settings
 
@@ -62,7 +63,7 @@ class Model:
 class Recipe:
     """What is built, where from and in which type: everything but where it will lie.
 
-    loras: merged into the transformer; fp8: it multiplies 4-bit and FP8 weights in FP8;
+    loras: merged into the transformer; compute: what it multiplies weights in few bits in;
     int8_attention: it attends in int8.
     """
 
@@ -72,7 +73,7 @@ class Recipe:
     loras: tuple[Lora, ...]
     device: torch.device
     dtype: torch.dtype
-    fp8: bool = False
+    compute: Compute = "bf16"
     int8_attention: bool = False
 
 
@@ -99,18 +100,15 @@ def build(
         folder = files.find_model(entry, settings)
         merged = (*_lightning(settings, entry), *map(Lora.read, loras))
     dtype = dtype or _compute_dtype(settings, hardware)
-    fp8 = hardware.has_fp8 and settings.compute != "bf16" and dtype == torch.bfloat16
     shape = components.shape(entry, components.read_configs(folder))
     sizes = components.sizes(folder, settings, dtype)
     decided = plan(settings, sizes, shape, hardware)
     log.info("plan: %s on %s: %s", entry.name, hardware.name, decided.describe())
-    if settings.compute == "fp8" and not (fp8 and decided.precision in ("4bit", "fp8")):
-        raise InvalidSettings(
-            f"COMPUTE=fp8 is impossible with {decided.precision} weights on {hardware.name}: it "
-            "takes PRECISION_MODE=4bit or fp8 and a card of compute capability 8.9 or later"
-        )
+    compute = _compute(settings, decided, hardware, dtype)
     int8_attention = _attends_in_int8(settings, decided, hardware, dtype)
-    recipe = Recipe(settings, entry, folder, merged, hardware.device, dtype, fp8, int8_attention)
+    recipe = Recipe(
+        settings, entry, folder, merged, hardware.device, dtype, compute, int8_attention
+    )
 
     def start(decided: Plan) -> Model:
         model = _load(recipe, decided, sizes[decided.precision], cold_start)
@@ -188,7 +186,8 @@ def _served(recipe: Recipe, source: Any) -> Transformer:
             raise InvalidSettings(
                 f"attention in int8 does not run here ({error}); set ATTENTION=bf16 to go without"
             ) from error
-    return Transformer(source, recipe.device, recipe.dtype, fp8=recipe.fp8, attention=attention)
+    round_to = ROUND_TO[recipe.compute]
+    return Transformer(source, recipe.device, recipe.dtype, round_to=round_to, attention=attention)
 
 
 def keep_kernels(settings: Settings) -> Path | None:
@@ -241,19 +240,42 @@ def _lightning(settings: Settings, entry: ModelEntry) -> list[Lora]:
     return [Lora.read(files.find_adapter(file, settings))]
 
 
+def _compute(settings: Settings, decided: Plan, hardware: Hardware, dtype: torch.dtype) -> Compute:
+    """What the transformer multiplies in.
+
+    Raises:
+        InvalidSettings: the card, or the way the weights are stored, does not allow what is asked.
+    """
+    everything = settings.quantize_components == "all"
+    precision = decided.precision if everything else "bf16"
+    bf16 = dtype == torch.bfloat16
+    if settings.compute == "auto":
+        return automatic(precision, hardware.capability, bf16=bf16)
+    if settings.compute not in possible(precision, hardware.capability, bf16=bf16):
+        precisions = [name for name, ways in POSSIBLE.items() if settings.compute in ways]
+        least = ".".join(map(str, LEAST[settings.compute]))
+        raise InvalidSettings(
+            f"COMPUTE={settings.compute} is impossible with {precision} weights on "
+            f"{hardware.name}: it takes PRECISION_MODE={' or '.join(precisions)} and a card of "
+            f"compute capability {least} or later"
+        )
+    return settings.compute
+
+
 def _attends_in_int8(
     settings: Settings, decided: Plan, hardware: Hardware, dtype: torch.dtype
 ) -> bool:
     """Of cards, Hopper alone can; a CPU can, slowly, so that pictures can be judged without one."""
-    possible = hardware.free is None or (hardware.is_hopper and dtype == torch.bfloat16)
-    if settings.attention == "int8" and not possible:
+    is_hopper = hardware.capability == (9, 0)
+    runs = hardware.free is None or (is_hopper and dtype == torch.bfloat16)
+    if settings.attention == "int8" and not runs:
         raise InvalidSettings(
             f"ATTENTION=int8 is impossible on {hardware.name}: it takes a Hopper card (compute "
             "capability 9.0), such as H100 or H200"
         )
     if settings.attention == "auto":
         rounded = decided.precision != "bf16" and settings.quantize_components == "all"
-        return hardware.is_hopper and possible and rounded
+        return is_hopper and runs and rounded
     return settings.attention == "int8"
 
 

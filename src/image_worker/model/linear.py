@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from image_worker.kernels.reference import FP8_MAX, LEAST_AMAX, Activation, Quantised
+from image_worker.kernels.reference import LARGEST, LEAST_AMAX, Activation, Quantised
+from image_worker.model.formats.fp8 import Fp8Linear
 
 
 class Plain(nn.Module):
     """Layers in a 16-bit or wider type, as one: their outputs side by side."""
 
-    takes_fp8 = False
+    round_to: torch.dtype | None = None
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -33,7 +34,7 @@ class Plain(nn.Module):
 class Modules(nn.Module):
     """Layers that multiply in a way of their own, as bitsandbytes' do."""
 
-    takes_fp8 = False
+    round_to: torch.dtype | None = None
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -44,25 +45,32 @@ class Modules(nn.Module):
         torch.cat([layer(x) for layer in self.layers], dim=1, out=into)
 
 
-class Fp8(nn.Module):
-    """FP8 weights, multiplied with activations in FP8: of one layer, or of several as one."""
+class Rounded(nn.Module):
+    """Weights in FP8 or int8, multiplied with activations in the same type: of layers, as one.
 
-    takes_fp8 = True
+    weight (rows, columns); scales (rows, 1) float32: what to multiply each row by.
+    """
 
-    def __init__(self, layers: Sequence[Any]) -> None:
-        """layers: `Fp8Linear`, with biases."""
+    def __init__(self, layers: Sequence[Any], ops: Any) -> None:
+        """layers: `Fp8Linear` or bitsandbytes' `Linear8bitLt`, with biases."""
         super().__init__()
-        self.weight = _buffer([layer.weight for layer in layers])
-        self.scales = _buffer([layer.scales for layer in layers])
+        weights = [_rows(layer) for layer in layers]
+        self.weight = _buffer([values for values, _ in weights])
+        self.scales = _buffer([scales for _, scales in weights])
         self.bias = _buffer([layer.bias for layer in layers])
+        self.round_to: torch.dtype | None = self.weight.dtype
+        self._ops = ops
 
     def forward(self, x: Quantised, into: Tensor) -> None:
         """Into (N, out) from x (N, in)."""
-        multiply_fp8(x, self.weight, self.scales, self.bias, into)
+        self._ops.multiply(x, self.weight, self.scales, self.bias, into)
 
 
-class Nf4ByFp8(nn.Module):
-    """The same product in both streams, with NF4 weights that are decoded to FP8 each time.
+Product = Plain | Modules | Rounded
+
+
+class Nf4(nn.Module):
+    """The same product in both streams, with NF4 weights that are decoded to FP8 or int8 each time.
 
     Weights (rows, columns) of layers of one shape, one below the other: first those for pictures,
     then as many for prompts. All are decoded at once, since every launch takes its time; what was
@@ -75,10 +83,10 @@ class Nf4ByFp8(nn.Module):
     row by.
     """
 
-    takes_fp8 = True
-
-    def __init__(self, layers: Sequence[Any], scratch: Scratch) -> None:
-        """layers: bitsandbytes' `Linear4bit`."""
+    def __init__(
+        self, layers: Sequence[Any], scratch: Scratch, ops: Any, round_to: torch.dtype
+    ) -> None:
+        """layers: bitsandbytes' `Linear4bit`; round_to: FP8 or int8."""
         super().__init__()
         states = [layer.weight.quant_state for layer in layers]
         rows, columns = states[0].shape
@@ -88,23 +96,22 @@ class Nf4ByFp8(nn.Module):
         self.scales_of_scales = nn.Buffer(torch.stack([state.state2.absmax for state in states]))
         self.offsets = nn.Buffer(torch.stack([state.offset.float() for state in states]))
         self.grid = nn.Buffer(states[0].code.float())
-        self.row_scales = _buffer([_largest(state) / FP8_MAX for state in states])
+        self.row_scales = _buffer([_largest(state) / LARGEST[round_to] for state in states])
         self.bias = _buffer([layer.bias for layer in layers])
-        self._scratch = scratch
+        self.round_to = round_to
+        self._ops, self._scratch = ops, scratch
         scratch.reserve(self.codes.numel() * 2)
 
     def forward(self, x: Quantised, text_tokens: int) -> Tensor:
         """As `Pair.forward`."""
-        from image_worker.kernels.nf4 import decode
-
-        weight = decode(self, self._scratch.memory)
+        weight = self._ops.decode_nf4(self, self._scratch.memory)
         half = len(weight) // 2
         into = _room(x, half)
         for tokens, rows in (
             (slice(text_tokens), slice(half, None)),
             (slice(text_tokens, None), slice(half)),
         ):
-            multiply_fp8(
+            self._ops.multiply(
                 x[tokens], weight[rows], self.row_scales[rows], self.bias[rows], into[tokens]
             )
         return into
@@ -125,10 +132,10 @@ class Scratch:
 class Pair(nn.Module):
     """The same product in both streams, each with weights of its own."""
 
-    def __init__(self, text: nn.Module, image: nn.Module, width: int) -> None:
+    def __init__(self, text: Product, image: Product, width: int) -> None:
         super().__init__()
         self.text, self.image = text, image
-        self.takes_fp8 = bool(image.takes_fp8)
+        self.round_to = image.round_to
         self._width = width
 
     def forward(self, x: Activation, text_tokens: int) -> Tensor:
@@ -139,25 +146,19 @@ class Pair(nn.Module):
         return into
 
 
-def multiply_fp8(x: Quantised, weight: Tensor, scales: Tensor, bias: Tensor, into: Tensor) -> None:
-    """into (N, out) bfloat16 = x · weightᵀ + bias; a scale for each token and row of weights."""
-    torch._scaled_mm(
-        x.values,
-        weight.t(),
-        scale_a=x.scales,
-        scale_b=scales.t(),
-        bias=bias,
-        out_dtype=into.dtype,
-        use_fast_accum=True,
-        out=into,
-    )
-
-
 def _room(x: Activation, width: int) -> Tensor:
     """For a product's result: as many tokens as x has."""
     if isinstance(x, Quantised):
-        return x.values.new_empty(len(x.values), width, dtype=torch.bfloat16)
+        return x.values.new_empty(len(x.values), width, dtype=x.dtype)
     return x.new_empty(len(x), width)
+
+
+def _rows(layer: Any) -> tuple[Tensor, Tensor]:
+    """A layer's weight as it is stored, and what to multiply each row by, (rows, 1) float32."""
+    if isinstance(layer, Fp8Linear):
+        return layer.weight, layer.scales
+    largest: Tensor = layer.state.SCB  # of a Linear8bitLt
+    return layer.state.CB, largest.float().view(-1, 1) / LARGEST[torch.int8]
 
 
 def _largest(state: Any) -> Tensor:

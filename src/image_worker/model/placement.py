@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from image_worker.compute import automatic
 from image_worker.errors import DoesNotFit
 from image_worker.settings import Precision, Settings
 
@@ -37,13 +38,15 @@ _SLOW_IN_BF16 = ("DEFAULT", "NO AVX", "AVX2")
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the plan needs to know of the machine. Without a card, memory is not planned."""
+    """What the plan needs to know of the machine. Without a card, memory is not planned.
+
+    capability: the card's compute capability.
+    """
 
     name: str
     free: int | None = None
     has_bf16: bool = True
-    has_fp8: bool = False
-    is_hopper: bool = False
+    capability: tuple[int, int] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -62,12 +65,12 @@ def detect_hardware(settings: Settings) -> Hardware:
         limit = int(settings.gpu_max_gib * GIB)
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
         free = min(free, limit)
+    capability = torch.cuda.get_device_capability()
     return Hardware(
         name=torch.cuda.get_device_name(),
         free=free,
-        has_bf16=torch.cuda.get_device_capability() >= (8, 0),
-        has_fp8=torch.cuda.get_device_capability() >= (8, 9),
-        is_hopper=torch.cuda.get_device_capability() == (9, 0),
+        has_bf16=capability >= (8, 0),
+        capability=capability,
     )
 
 
@@ -157,11 +160,12 @@ def _choices(
     if settings.int8_cpu_offload:
         yield "8bit", "model"
         return
-    multiplies_fp8 = (
-        hardware.has_fp8 and settings.compute != "bf16" and settings.bnb_compute == "bf16"
-    )
-    automatic: list[Precision] = ["bf16", "fp8", "4bit"] if multiplies_fp8 else ["bf16", "4bit"]
-    precisions = automatic if wanted == "auto" else [wanted]
+    by_itself: list[Precision] = ["bf16", "4bit"]
+    bf16 = settings.bnb_compute == "bf16"
+    multiplies_fp8 = automatic("fp8", hardware.capability, bf16=bf16) == "fp8"
+    if multiplies_fp8 and settings.compute in ("auto", "fp8"):
+        by_itself.insert(1, "fp8")
+    precisions = by_itself if wanted == "auto" else [wanted]
     if settings.cpu_offload != "model":
         yield from ((precision, "none") for precision in precisions)
     if settings.cpu_offload != "none":

@@ -17,13 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
+from image_worker.compute import Compute
 from image_worker.kernels import reference
 from image_worker.kernels.reference import Activation
 from image_worker.model.attention import BACKENDS, Attention, Exact, Order
-from image_worker.model.formats.fp8 import Fp8Linear
-from image_worker.model.linear import Fp8, Modules, Nf4ByFp8, Pair, Plain, Scratch
+from image_worker.model.linear import Modules, Nf4, Pair, Plain, Product, Rounded, Scratch
 from image_worker.model.modulation import Modulation
 
+# What activations are rounded to for products in each of these; None: they keep their type.
+ROUND_TO: dict[Compute, torch.dtype | None] = {
+    "bf16": None,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 Shape = tuple[int, int, int]  # frames (1), height, width, in tokens
 _TEXT, _IMAGE = 0, 1
 
@@ -90,10 +96,14 @@ class Transformer(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         *,
-        fp8: bool,
+        round_to: torch.dtype | None,
         attention: Attention | None = None,
     ) -> None:
-        """Takes `source` apart. fp8: multiply in FP8, where weights are in FP8 or 4 bit."""
+        """Takes `source` apart.
+
+        round_to: multiply weights in 4 bit in this type, FP8 or int8, and those that are stored in
+        it; all others, or None: as they are.
+        """
         super().__init__()
         self.config = source.config
         self.zero_cond_t: bool = source.zero_cond_t
@@ -109,7 +119,7 @@ class Transformer(nn.Module):
         scratch = Scratch(device)
         self.blocks = nn.ModuleList()
         for number, block in enumerate(source.transformer_blocks):
-            self.blocks.append(Block(block, self._ops, attention, scratch, fp8=fp8))
+            self.blocks.append(Block(block, self._ops, attention, scratch, round_to))
             source.transformer_blocks[number] = nn.Identity()  # its weights are copied: let it go
 
     def prepare(self, timesteps: Sequence[float]) -> list[Tensor]:
@@ -130,15 +140,15 @@ class Transformer(nn.Module):
         block: Any
         for block, mod in zip(self.blocks, mods, strict=True):
             shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(1)
-            x, y = ops.add_and_modulate(x, y, gate, shift1, scale1, owner, fp8=block.fp8)
+            x, y = ops.add_and_modulate(x, y, gate, shift1, scale1, owner, round_to=block.round_to)
             y = block.attend(y, layout)
-            x, y = ops.add_and_modulate(x, y, gate1, shift2, scale2, owner, fp8=block.fp8)
+            x, y = ops.add_and_modulate(x, y, gate1, shift2, scale2, owner, round_to=block.round_to)
             y, gate = block.mlp(y, layout.text_tokens), gate2
         x = ops.add(x, y, gate, owner)
         scale, shift = self.modulation.of_output(timesteps).unbind(1)
         targets = x[layout.text_tokens :][layout.targets]
         return self.proj_out(  # type: ignore[no-any-return]
-            ops.modulate(targets, shift, scale, layout.target_rows, fp8=False)
+            ops.modulate(targets, shift, scale, layout.target_rows, round_to=None)
         )
 
     def _streams(self, timesteps: Sequence[float]) -> list[tuple[float, int]]:
@@ -189,21 +199,27 @@ class Block(nn.Module):
     """One of the transformer's blocks."""
 
     def __init__(
-        self, source: Any, ops: Any, attention: Attention, scratch: Scratch, *, fp8: bool
+        self,
+        source: Any,
+        ops: Any,
+        attention: Attention,
+        scratch: Scratch,
+        round_to: torch.dtype | None,
     ) -> None:
         super().__init__()
         self._ops, self._attention, attn = ops, attention, source.attn
 
-        def pair(text: Sequence[Any], image: Sequence[Any]) -> Pair | Nf4ByFp8:
-            if fp8 and all(hasattr(layer.weight, "quant_state") for layer in (*text, *image)):
-                return Nf4ByFp8([*image, *text], scratch)
-            products = [_product(layers, fp8=fp8) for layers in (text, image)]
+        def pair(text: Sequence[Any], image: Sequence[Any]) -> Pair | Nf4:
+            layers = (*image, *text)
+            if round_to and all(hasattr(layer.weight, "quant_state") for layer in layers):
+                return Nf4(layers, scratch, ops, round_to)
+            products = [_product(layers, ops, round_to) for layers in (text, image)]
             return Pair(products[0], products[1], sum(layer.out_features for layer in image))
 
         self.qkv = pair(
             (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.to_q, attn.to_k, attn.to_v)
         )
-        self.fp8 = self.qkv.takes_fp8
+        self.round_to: torch.dtype | None = self.qkv.round_to
         self.out = pair((attn.to_add_out,), (attn.to_out[0],))
         self.up = pair((source.txt_mlp.net[0].proj,), (source.img_mlp.net[0].proj,))
         self.down = pair((source.txt_mlp.net[2],), (source.img_mlp.net[2],))
@@ -214,30 +230,32 @@ class Block(nn.Module):
     def attend(self, y: Activation, layout: Layout) -> Tensor:
         """Joint attention, each row for itself: (N, width) in and out, stream order."""
         qkv = self.qkv(y, layout.text_tokens)
-        mixed = self._attention(qkv, self.norms, layout.order, layout.text_tokens, fp8=self.fp8)
+        mixed = self._attention(
+            qkv, self.norms, layout.order, layout.text_tokens, round_to=self.round_to
+        )
         found: Tensor = self.out(mixed, layout.text_tokens)
         return found
 
     def mlp(self, y: Activation, text_tokens: int) -> Tensor:
         """(N, width) in and out."""
-        y = self._ops.gelu(self.up(y, text_tokens), fp8=self.fp8)
+        y = self._ops.gelu(self.up(y, text_tokens), round_to=self.round_to)
         found: Tensor = self.down(y, text_tokens)
         return found
 
 
 def _operations(device: torch.device) -> Any:
-    """The module whose operations run on this device."""
-    if device.type != "cuda":
+    """The module whose operations run on this device: Triton's need compute capability 8.0."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return reference
     from image_worker.kernels import fused
 
     return fused
 
 
-def _product(layers: Sequence[Any], *, fp8: bool) -> nn.Module:
-    """How these layers multiply: in FP8 if asked, otherwise as they are."""
-    if fp8 and isinstance(layers[0], Fp8Linear):
-        return Fp8(layers)
+def _product(layers: Sequence[Any], ops: Any, round_to: torch.dtype | None) -> Product:
+    """How these layers multiply: in few bits, if stored so and asked to, otherwise as they are."""
+    if layers[0].weight.dtype == round_to:
+        return Rounded(layers, ops)
     if all(type(layer) is nn.Linear for layer in layers):
         return Plain(layers)
     return Modules(layers)

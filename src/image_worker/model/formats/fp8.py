@@ -18,7 +18,7 @@ class Fp8Linear(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         """weight: in full precision."""
         super().__init__()
-        found = reference.quantise(weight)
+        found = reference.quantise(weight, reference.FP8)
         self.weight = nn.Parameter(found.values, requires_grad=False)
         self.scales = nn.Parameter(found.scales, requires_grad=False)
         self.bias: nn.Parameter | None = None
