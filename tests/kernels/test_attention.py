@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from image_worker.kernels import attention, reference
-from image_worker.kernels.reference import FP8, TILE
-from image_worker.model.attention import Order, attend
+from image_worker.kernels import attention, fused, reference
+from image_worker.kernels.reference import FP8, TILE, Activation, Quantised
+from image_worker.model.attention import Exact, Int8, Order, attend
 from tests.kernels.test_fused import DEVICE, noise, with_carries
 
 HEADS = 3
@@ -33,7 +34,8 @@ def given(lengths: list[int], size: int, dtype: torch.dtype) -> tuple[Tensor, Te
     rope = torch.polar(torch.ones_like(angles), angles)
     starts = [sum(lengths[:row]) for row in range(len(lengths))]
     others = [place for place in range(tokens) if place not in starts]
-    order = Order.of(lengths, torch.tensor(starts + others), rope, torch.device(DEVICE))
+    targets = [(length // 3, length - length // 2) for length in lengths]
+    order = Order.of(lengths, targets, torch.tensor(starts + others), rope, torch.device(DEVICE))
     return qkv, norms, order, text_tokens
 
 
@@ -94,7 +96,7 @@ def test_tiles_hold_what_the_reference_rounds(lengths: list[int], size: int) -> 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_the_reference_is_near_exact_attention(lengths: list[int], sharpness: int) -> None:
     q, k, v = (noise(sum(lengths), HEADS, 64, seed=seed) for seed in range(3))
-    exact = attend(sharpness * q, k, v, lengths)
+    exact = attend(sharpness * q, k, v, lengths, lengths)
     found = reference.attend_int8(sharpness * q, k, v, lengths)
     assert ((found - exact).norm() / exact.norm()).item() <= 0.045  # FP8 has four bits of a number
 
@@ -103,7 +105,7 @@ def test_the_reference_is_near_exact_attention(lengths: list[int], sharpness: in
 def test_a_tile_of_small_values_keeps_its_share_of_the_softmax(scale: float) -> None:
     q, k, v = (noise(2 * TILE, HEADS, 64, seed=seed) for seed in range(3))
     v[TILE:] *= scale
-    exact = attend(q, k, v, [2 * TILE])
+    exact = attend(q, k, v, [2 * TILE], [2 * TILE])
     found = reference.attend_int8(q, k, v, [2 * TILE])
     assert ((found - exact).norm() / exact.norm()).item() <= 0.045
 
@@ -136,6 +138,31 @@ def spoil(qkv: Tensor, order: Order, part: int) -> None:
     qkv[order.owners[5].item(), part * HEADS * 32 + 40] = float("nan")
 
 
+@pytest.mark.parametrize("ops", [reference, fused, None], ids=["reference", "fused", "int8"])
+@pytest.mark.parametrize("round_to", [None, FP8])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_of_targets_only_it_is_the_same(
+    lengths: list[int], round_to: torch.dtype | None, ops: Any
+) -> None:
+    if ops is None and DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("attention in int8 is for Hopper")
+    qkv, norms, order, text_tokens = given(lengths, 32, torch.bfloat16)
+    attention = Int8(torch.device(DEVICE)) if ops is None else Exact(ops)
+    everything, targets = (
+        attention(qkv, norms, order, text_tokens, round_to=round_to, only_targets=only)
+        for only in (False, True)
+    )
+    wanted = widened(everything)[order.targets]
+    assert len(order.targets) == sum(order.target_counts)
+    assert (widened(targets) - wanted).norm() / wanted.norm() <= 1e-2
+
+
+def widened(found: Activation) -> Tensor:
+    if isinstance(found, Quantised):
+        return found.values.float() * found.scales
+    return found.float()
+
+
 def test_a_rows_neighbours_do_not_matter_to_the_reference() -> None:
     q, k, v = (noise(200, HEADS, 64, seed=seed) for seed in range(3))
     alone = reference.attend_int8(q[130:], k[130:], v[130:], [70])
@@ -163,6 +190,14 @@ def test_orders_cover_each_token_once() -> None:
         for place in range(start, min(start + reference.TASK, last))
     ]
     assert sorted(covered) == [place for place, owner in enumerate(owners) if owner >= 0]
+    targets = set(order.targets.tolist())
+    reached = {
+        owners[place]
+        for start, _, last, _ in order.target_tasks.tolist()
+        for place in range(start, min(start + reference.TASK, last))
+    }
+    assert len(targets) == 65 + 1 + 200 and targets <= reached
+    assert all(start % 8 == 0 for start, _, _, _ in order.target_tasks.tolist())
     # Rows of 130, 1 and 400 tokens begin at multiples of 128.
     assert {(first, last) for _, first, last, _ in tasks} == {(0, 130), (256, 257), (384, 784)}
     assert all(first <= start < last for start, first, last, _ in tasks)
@@ -175,15 +210,13 @@ def test_orders_cover_each_token_once() -> None:
     "lengths", [*LENGTHS.values(), [1280, 1281, 64], [8449]], ids=lambda lengths: str(sum(lengths))
 )
 def test_the_kernel_computes_what_the_reference_does(lengths: list[int], size: int) -> None:
-    from image_worker.kernels import fused
-
     qkv, norms, order, text_tokens = given(lengths, size, torch.bfloat16)
     norms = norms * 2  # sharp: a few keys have most of the weight
     kernels = attention.Attend()
     tiles = kernels.to_tiles(qkv, norms, order.rope, order.owners, text_tokens)
     found = kernels(tiles, order.tasks, order.owners, len(qkv), size).float()
     q, k, v = fused.to_joint_heads(qkv, norms, order.rope, order.places, text_tokens)
-    exact = attend(q, k, v, order.lengths)[order.places].float()
+    exact = attend(q, k, v, order.lengths, order.lengths)[order.places].float()
     expected = reference.attend_int8(q, k, v, order.lengths)[order.places].float()
     theirs = (expected - exact).norm() / exact.norm()
     assert torch.isfinite(found).all()

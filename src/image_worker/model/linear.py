@@ -107,10 +107,10 @@ class Nf4(nn.Module):
         weight = self._ops.decode_nf4(self, self._scratch.memory)
         half = len(weight) // 2
         into = _room(x, half)
-        for tokens, rows in (
-            (slice(text_tokens), slice(half, None)),
-            (slice(text_tokens, None), slice(half)),
-        ):
+        halves = [(slice(text_tokens, None), slice(half))]
+        if text_tokens:
+            halves.insert(0, (slice(text_tokens), slice(half, None)))
+        for tokens, rows in halves:
             self._ops.multiply(
                 x[tokens], weight[rows], self.row_scales[rows], self.bias[rows], into[tokens]
             )
@@ -141,7 +141,8 @@ class Pair(nn.Module):
     def forward(self, x: Activation, text_tokens: int) -> Tensor:
         """(N, out) from x (N, in), of which the first are prompts' tokens."""
         into = _room(x, self._width)
-        self.text(x[:text_tokens], into[:text_tokens])
+        if text_tokens:
+            self.text(x[:text_tokens], into[:text_tokens])
         self.image(x[text_tokens:], into[text_tokens:])
         return into
 

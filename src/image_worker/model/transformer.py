@@ -61,16 +61,14 @@ class Layout:
     """Where tokens stand, for rows of given outlines. N tokens in all.
 
     order: for attention; owner (N): which modulation each token has: of its row's prompt, of its
-    row's picture (from the number of rows on), or of a picture without noise (the last); targets:
-    which image tokens are being denoised, row after row, and of which row.
+    row's picture (from the number of rows on), or of a picture without noise (the last);
+    target_rows: of which row each target token is.
     """
 
     text_tokens: int
     order: Order
     owner: Tensor
-    targets: Tensor
     target_rows: Tensor
-    target_counts: tuple[int, ...]
 
 
 @torch.inference_mode()
@@ -84,7 +82,7 @@ def velocities(transformer: Transformer, rows: Sequence[Row]) -> list[Tensor]:
     image = torch.cat([row.image for row in rows])
     with sdpa_kernel(BACKENDS, set_priority=True):
         output = transformer(text, image, [row.timestep for row in rows], layout)
-    return list(output.split(layout.target_counts))
+    return list(output.split(layout.order.target_counts))
 
 
 class Transformer(nn.Module):
@@ -137,18 +135,22 @@ class Transformer(nn.Module):
         mods = self.modulation.of_blocks(self._streams(timesteps)).unbind(1)
         x = torch.cat([self.txt_in(self.txt_norm(text)), self.img_in(image)])
         y, gate = None, None  # what is still to be added to x
+        text_tokens = layout.text_tokens
+        last = len(self.blocks) - 1
         block: Any
-        for block, mod in zip(self.blocks, mods, strict=True):
+        for number, (block, mod) in enumerate(zip(self.blocks, mods, strict=True)):
             shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(1)
             x, y = ops.add_and_modulate(x, y, gate, shift1, scale1, owner, round_to=block.round_to)
-            y = block.attend(y, layout)
+            y = block.attend(y, layout, only_targets=number == last)
+            if number == last:  # nobody reads what becomes of the other tokens
+                targets = layout.order.targets
+                x, owner, text_tokens = x[targets], owner[targets], 0
             x, y = ops.add_and_modulate(x, y, gate1, shift2, scale2, owner, round_to=block.round_to)
-            y, gate = block.mlp(y, layout.text_tokens), gate2
+            y, gate = block.mlp(y, text_tokens), gate2
         x = ops.add(x, y, gate, owner)
         scale, shift = self.modulation.of_output(timesteps).unbind(1)
-        targets = x[layout.text_tokens :][layout.targets]
         return self.proj_out(  # type: ignore[no-any-return]
-            ops.modulate(targets, shift, scale, layout.target_rows, round_to=None)
+            ops.modulate(x, shift, scale, layout.target_rows, round_to=None)
         )
 
     def _streams(self, timesteps: Sequence[float]) -> list[tuple[float, int]]:
@@ -168,27 +170,27 @@ class Transformer(nn.Module):
         text_ropes, image_ropes = [], []
         places: list[Tensor] = [torch.arange(a, a + n) for a, n in zip(starts, texts, strict=True)]
         owner: list[Tensor] = [torch.full((n,), row) for row, n in enumerate(texts)]
-        targets, target_rows, seen = [], [], 0
+        target_rows = []
         for row, (shapes, text) in enumerate(outlines):
             places.append(torch.arange(starts[row] + text, starts[row] + lengths[row]))
             clean = 2 * rows if self.zero_cond_t else rows + row
             target, rest = counts[row][0], images[row] - counts[row][0]
             owner += [torch.full((target,), rows + row), torch.full((rest,), clean)]
-            targets.append(torch.arange(seen, seen + target))
             target_rows.append(torch.full((target,), row))
-            seen += images[row]
             image_rope, text_rope = self.rope([list(shapes)], device=None, max_txt_seq_len=text)
             text_ropes.append(text_rope)
             image_ropes.append(image_rope)
         return Layout(
             text_tokens=sum(texts),
             order=Order.of(
-                lengths, torch.cat(places), torch.cat(text_ropes + image_ropes), self.device
+                lengths,
+                [(text, pictures[0]) for text, pictures in zip(texts, counts, strict=True)],
+                torch.cat(places),
+                torch.cat(text_ropes + image_ropes),
+                self.device,
             ),
             owner=self._index(owner),
-            targets=self._index(targets),
             target_rows=self._index(target_rows),
-            target_counts=tuple(pictures[0] for pictures in counts),
         )
 
     def _index(self, parts: Sequence[Tensor]) -> Tensor:
@@ -227,13 +229,18 @@ class Block(nn.Module):
         weights = [norm.weight.detach() for norm in norms]
         self.norms = nn.Buffer(torch.stack(weights).view(2, 2, -1))
 
-    def attend(self, y: Activation, layout: Layout) -> Tensor:
-        """Joint attention, each row for itself: (N, width) in and out, stream order."""
+    def attend(self, y: Activation, layout: Layout, *, only_targets: bool) -> Tensor:
+        """Joint attention, each row for itself: (N, width), stream order; or of targets only."""
         qkv = self.qkv(y, layout.text_tokens)
         mixed = self._attention(
-            qkv, self.norms, layout.order, layout.text_tokens, round_to=self.round_to
+            qkv,
+            self.norms,
+            layout.order,
+            layout.text_tokens,
+            round_to=self.round_to,
+            only_targets=only_targets,
         )
-        found: Tensor = self.out(mixed, layout.text_tokens)
+        found: Tensor = self.out(mixed, 0 if only_targets else layout.text_tokens)
         return found
 
     def mlp(self, y: Activation, text_tokens: int) -> Tensor:
