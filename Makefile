@@ -31,7 +31,7 @@ bench: bench-forward bench-job  ## stock diffusers and ours in turns, at full si
 
 bench-forward: $(VENV)/dev.stamp  ## one forward of the transformer, by precision, size and references
 	$(BIN)/python -m image_worker.bench.forward --json bench-forward.json
-	$(BIN)/python -m image_worker.bench.forward --outliers --cases 0 --json bench-outliers.json
+	$(BIN)/python -m image_worker.bench.forward --outliers --cases 0 --precisions bf16 fp8 8bit 4bit --json bench-outliers.json
 
 bench-job: $(VENV)/dev.stamp  ## a whole job, JSON in to PNG out, by stage
 	$(BIN)/python -m image_worker.bench.whole_job bench-checkpoint --precisions 4bit fp8 --json bench-job.json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -44,3 +45,16 @@ def test_what_may_be_asked_for() -> None:
     assert possible("4bit", (8, 9), bf16=False) == ("bf16", "int8")
     assert possible("8bit", (7, 0), bf16=False) == ("bf16",)
     assert possible("fp8", None, bf16=False) == ("bf16", "fp8")
+
+
+def test_the_readme_shows_the_tables() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for precision, ways in AUTOMATIC.items():
+        cells = [f"`{precision}`"]
+        taken = [f"`{compute}` from {'.'.join(map(str, least))}" for least, compute in ways[:-1]]
+        cells.append(", ".join([*taken, f"{'else ' if taken else ''}`{ways[-1][1]}`"]))
+        for compute, least in LEAST.items():
+            known = "any" if least == (0, 0) else ".".join(map(str, least))
+            cells.append(known if compute in POSSIBLE[precision] else "")
+        line = "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
+        assert line in readme.splitlines(), line

@@ -1,6 +1,7 @@
 """int8: one float32 scale per row, activations quantised per token, outliers kept in 16 bit.
 
-Stored and multiplied by bitsandbytes (Dettmers et al., 2022, LLM.int8()).
+Stored and multiplied by bitsandbytes (Dettmers et al., 2022, LLM.int8()); with COMPUTE=int8 only
+stored, and the transformer's activations are rounded whole.
 """
 
 from __future__ import annotations
