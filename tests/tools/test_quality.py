@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from image_worker.catalog import CATALOG
-from tools.miniature import quality
+from tools.miniature import quality, rounding
 from tools.miniature.quality import Examples, Sampling
-from tools.miniature.score import in_style, judge
+from tools.miniature.score import in_style, judge, psnr
 
 
 @functools.cache
@@ -49,3 +49,12 @@ def test_the_report_has_a_line_per_row_and_kind() -> None:
     assert len(table.splitlines()) == 2 + 2 + 1 + 2 + 20
     assert CATALOG["mini"].cfg_scale == 1
     torch.testing.assert_close(row.to_answer, 100.0)
+
+
+def test_rounding_moves_pictures_by_as_much_as_it_should() -> None:
+    given = quality.make_examples(1)
+    exact = rounding.pictures(rounding.Way("float32"), given)
+    way = rounding.Way("weights in 4bit", {"PRECISION_MODE": "4bit"})
+    found = rounding.pictures(way, given)
+    assert rounding.line(way, exact, exact, given).startswith("| weights in 4bit | 100.0 | 100.0 |")
+    assert 20 <= psnr(found, exact).median() <= 60
