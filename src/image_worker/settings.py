@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     attention: Literal["auto", "bf16", "int8"] = Field(
         "auto",
         description="what the transformer attends in: int8 queries and keys and fp8 values, or the "
-        "type of BNB_COMPUTE; auto is int8 on Hopper cards, unless PRECISION_MODE is bf16",
+        "type of BNB_COMPUTE; auto is int8 on Hopper cards",
     )
     use_lightning_lora: bool = Field(True, description="few-step sampling by the Lightning LoRA")
     lightning_steps: Annotated[Literal[4, 8], BeforeValidator(_number_in_text)] = Field(

@@ -109,35 +109,29 @@ CPU = Hardware("CPU")
 
 
 @pytest.mark.parametrize(
-    ("attention", "hardware", "precision", "expected"),
+    ("attention", "hardware", "expected"),
     [
-        ("auto", HOPPER, "4bit", True),
-        ("auto", HOPPER, "fp8", True),
-        ("auto", HOPPER, "bf16", False),
-        ("int8", HOPPER, "bf16", True),
-        ("bf16", HOPPER, "4bit", False),
-        ("auto", ADA, "4bit", False),
-        ("auto", CPU, "4bit", False),
-        ("int8", CPU, "4bit", True),
+        ("auto", HOPPER, True),
+        ("int8", HOPPER, True),
+        ("bf16", HOPPER, False),
+        ("auto", ADA, False),
+        ("auto", CPU, False),
+        ("int8", CPU, True),
     ],
 )
-def test_where_attention_is_in_int8(
-    attention: str, hardware: Hardware, precision: Any, expected: bool
-) -> None:
+def test_where_attention_is_in_int8(attention: str, hardware: Hardware, expected: bool) -> None:
     settings = Settings.from_env({"ATTENTION": attention})
-    plan = Plan(precision, "none", None, None, None)
-    assert _attends_in_int8(settings, plan, hardware, torch.bfloat16) == expected
-    # A transformer that stays in full precision does not attend in less by itself.
-    text = settings.model_copy(update={"quantize_components": "text"})
-    automatic = attention == "auto"
-    assert _attends_in_int8(text, plan, hardware, torch.bfloat16) == (expected and not automatic)
+    assert _attends_in_int8(settings, hardware, torch.bfloat16) == expected
+
+
+def test_attention_is_not_in_int8_where_the_model_computes_in_float16() -> None:
+    assert not _attends_in_int8(Settings.from_env({}), HOPPER, torch.float16)
 
 
 def test_attention_in_int8_that_cannot_run_is_refused(monkeypatch: Any) -> None:
     settings = Settings.from_env({"ATTENTION": "int8"})
-    plan = Plan("4bit", "none", None, None, None)
     with pytest.raises(InvalidSettings, match="ATTENTION=int8 is impossible on L40S"):
-        _attends_in_int8(settings, plan, ADA, torch.bfloat16)
+        _attends_in_int8(settings, ADA, torch.bfloat16)
 
     def fail(*_: Any) -> None:
         raise ImportError("No module named 'cuda'")

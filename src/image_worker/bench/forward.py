@@ -1,4 +1,4 @@
-"""One forward of the transformer, diffusers' and ours: `python -m image_worker.bench.forward`.
+"""Forwards of the transformer, diffusers' and ours: `python -m image_worker.bench.forward`.
 
 The true architecture with random weights, made on the card: no files are needed. All ways measure
 alternately, forward by forward. "rel." is the distance of an output from the stock module's, with
@@ -35,7 +35,7 @@ PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8", "4bit")
 OUTLIERS, OUTLIER_SIZE = 4, 20.0  # channels of each kind, and how much larger than the others
 FLOAT32_BYTES = 90 * 2**30  # the model takes 76 GiB, a forward some more
 _CARD = torch.device("cuda")
-_COLUMNS = ("result", "references", "weights", "how", "ms", "± ms", "rel.")
+_COLUMNS = ("result", "references", "batch", "weights", "how", "ms", "± ms", "rel.")
 
 
 def main() -> None:
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--outliers", action="store_true", help="some channels 20 times the others")
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of cases, from 0")
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=FORMATS)
+    parser.add_argument("--batch", type=int, default=1, help="rows of each forward")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
@@ -63,7 +64,7 @@ def main() -> None:
         gc.collect()  # the last precision's modules, which hold themselves
         torch.cuda.empty_cache()
         try:
-            for result in _compare(precision, model, rows, exact, options.rounds):
+            for result in _compare(precision, model, rows, exact, options):
                 found.append(dict(zip(_COLUMNS, result, strict=True)))
                 sys.stdout.write("| " + " | ".join(map(str, result)) + " |\n")
                 sys.stdout.flush()
@@ -143,15 +144,15 @@ def random_row(side: int, references: int, text: int = PROMPT_TOKENS, seed: int 
 
 
 @torch.inference_mode()
-def stock(model: Any, row: Row, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The velocity by diffusers' module."""
+def stock(model: Any, row: Row, dtype: torch.dtype = torch.bfloat16, batch: int = 1) -> Tensor:
+    """The velocity by diffusers' module, of the first of `batch` equal rows."""
     _, height, width = row.shapes[0]
-    timestep = torch.tensor([1000 * row.timestep], device=_CARD).to(torch.bfloat16) / 1000
+    timestep = torch.tensor([1000 * row.timestep] * batch, device=_CARD).to(torch.bfloat16) / 1000
     output = model(
-        hidden_states=row.image[None].to(dtype),
-        encoder_hidden_states=row.text[None].to(dtype),
+        hidden_states=row.image.to(dtype).expand(batch, -1, -1),
+        encoder_hidden_states=row.text.to(dtype).expand(batch, -1, -1),
         timestep=timestep.to(dtype),
-        img_shapes=[list(row.shapes)],
+        img_shapes=[list(row.shapes)] * batch,
         return_dict=False,
     )[0]
     return output[0, : height * width]  # type: ignore[no-any-return]
@@ -173,9 +174,9 @@ def _compare(
     model: Any,
     rows: dict[tuple[int, int], Row],
     exact: dict[tuple[int, int], Tensor],
-    rounds: int,
+    options: argparse.Namespace,
 ) -> Iterator[tuple[Any, ...]]:
-    quantised = model
+    quantised, batch = model, options.batch
     if precision != "bf16":
         quantised = copy.deepcopy(model)
         quantise(quantised, precision)
@@ -187,20 +188,20 @@ def _compare(
     }
     for case, row in rows.items():
         ways: dict[str, Callable[[], Tensor]] = {
-            name: lambda transformer=transformer: velocities(transformer, [row])[0]  # type: ignore[misc]  # noqa: B023
+            name: lambda transformer=transformer: velocities(transformer, [row] * batch)[0]  # type: ignore[misc]  # noqa: B023
             for name, transformer in served.items()
         }
         if precision != "fp8":  # diffusers has none of its own
-            ways = {"stock": lambda: stock(quantised, row)} | ways  # noqa: B023
+            ways = {"stock": lambda: stock(quantised, row, batch=batch)} | ways  # noqa: B023
         errors = [relative(way(), exact[case]) for way in ways.values()]
         times = zip(
-            *([_time(way) for way in ways.values()] for _ in range(rounds)),
+            *([_time(way) for way in ways.values()] for _ in range(options.rounds)),
             strict=True,
         )
         for name, taken, error in zip(ways, times, errors, strict=True):
             middle, spread = median(taken)
             cells = (f"{middle:.1f}", f"{spread:.1f}", f"{error:.4f}")
-            yield (f"{case[0]}²", case[1], precision, name, *cells)
+            yield (f"{case[0]}²", case[1], batch, precision, name, *cells)
 
 
 def _ways(precision: Precision, capability: tuple[int, int]) -> list[tuple[Compute, bool]]:

@@ -110,8 +110,9 @@ def to_joint_heads(
 
 
 def _to_quantised(x: Tensor, places: Tensor | None, round_to: torch.dtype) -> Quantised:
-    tokens, width = x.shape
-    found = _quantised_room(x, round_to)
+    width = x.shape[1]
+    tokens = len(x) if places is None else len(places)
+    found = _quantised_room(x[:tokens], round_to)
     index = x if places is None else places
     gather = places is not None
     _quantise_kernel[(tokens,)](

@@ -105,7 +105,7 @@ def build(
     decided = plan(settings, sizes, shape, hardware)
     log.info("plan: %s on %s: %s", entry.name, hardware.name, decided.describe())
     compute = _compute(settings, decided, hardware, dtype)
-    int8_attention = _attends_in_int8(settings, decided, hardware, dtype)
+    int8_attention = _attends_in_int8(settings, hardware, dtype)
     recipe = Recipe(
         settings, entry, folder, merged, hardware.device, dtype, compute, int8_attention
     )
@@ -262,9 +262,7 @@ def _compute(settings: Settings, decided: Plan, hardware: Hardware, dtype: torch
     return settings.compute
 
 
-def _attends_in_int8(
-    settings: Settings, decided: Plan, hardware: Hardware, dtype: torch.dtype
-) -> bool:
+def _attends_in_int8(settings: Settings, hardware: Hardware, dtype: torch.dtype) -> bool:
     """Of cards, Hopper alone can; a CPU can, slowly, so that pictures can be judged without one."""
     is_hopper = hardware.capability == (9, 0)
     runs = hardware.free is None or (is_hopper and dtype == torch.bfloat16)
@@ -273,10 +271,7 @@ def _attends_in_int8(
             f"ATTENTION=int8 is impossible on {hardware.name}: it takes a Hopper card (compute "
             "capability 9.0), such as H100 or H200"
         )
-    if settings.attention == "auto":
-        rounded = decided.precision != "bf16" and settings.quantize_components == "all"
-        return is_hopper and runs and rounded
-    return settings.attention == "int8"
+    return settings.attention == "int8" or (settings.attention == "auto" and is_hopper and runs)
 
 
 def _compute_dtype(settings: Settings, hardware: Hardware) -> torch.dtype:
