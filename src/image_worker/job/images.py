@@ -7,7 +7,6 @@ of all jobs share one `Budget`, and are used up within it: what waits holds its 
 
 from __future__ import annotations
 
-import base64
 import binascii
 import io
 import re
@@ -19,6 +18,7 @@ from contextlib import closing, contextmanager
 from typing import TypeVar
 from urllib.parse import urljoin
 
+import pybase64
 from PIL import Image, ImageCms, ImageOps
 from requests import Response
 
@@ -127,7 +127,7 @@ def decode_base64(text: str) -> bytes:
     if len(text) > MAX_BYTES * 4 // 3 * 1.1:  # line breaks included
         raise InvalidImage(_TOO_LARGE)
     try:
-        data = b"".join(_decoded(text))
+        data = _decoded(text)
     except (binascii.Error, ValueError):
         raise InvalidImage("the picture is neither a URL nor valid base64") from None
     if len(data) > MAX_BYTES:
@@ -135,18 +135,17 @@ def decode_base64(text: str) -> bytes:
     return data
 
 
-def _decoded(text: str) -> Iterator[bytes]:
+def _decoded(text: str) -> bytes:
+    try:
+        return pybase64.b64decode(text, validate=True)
+    except binascii.Error:  # line breaks, perhaps
+        return pybase64.b64decode(b"".join(_without_white_space(text)), validate=True)
+
+
+def _without_white_space(text: str) -> Iterator[bytes]:
     """In pieces: the interpreter, and with it the event loop, stands still during each."""
-    left, ended = b"", False
     for start in range(0, len(text), _PIECE):
-        left += text[start : start + _PIECE].encode("ascii").translate(None, _WHITE_SPACE)
-        if ended and left:
-            raise ValueError("more follows the padding")
-        whole = len(left) // 4 * 4
-        ended = left[:whole].endswith(b"=")
-        yield base64.b64decode(left[:whole], validate=True)
-        left = left[whole:]
-    yield base64.b64decode(left, validate=True)
+        yield text[start : start + _PIECE].encode("ascii").translate(None, _WHITE_SPACE)
 
 
 def count_pixels(data: bytes) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
@@ -10,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+import pybase64
 from PIL import ExifTags, Image
 
 from image_worker.errors import ReplyTooLarge, WorkerError
@@ -150,7 +150,7 @@ def _inline(
     asked = 0  # bytes of the reply as asked for
     for form, quality in _attempts(request):
         pictures = [
-            base64.b64encode(encode(image, form, quality, texts)).decode("ascii")
+            pybase64.b64encode_as_string(encode(image, form, quality, texts))
             for image, texts in zip(images, about, strict=True)
         ]
         warnings = list(facts["warnings"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import sys
 import time
@@ -10,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pybase64
 from tqdm import tqdm
 
 from image_worker.worker import Worker
@@ -51,7 +51,7 @@ def save_pictures(reply: Mapping[str, Any], folder: Path) -> list[Path]:
     paths = []
     for seed, picture in zip(reply["seeds"], reply["images"], strict=True):
         path = folder / f"{moment}-seed{seed}.{reply['output_format']}"
-        path.write_bytes(base64.b64decode(picture))
+        path.write_bytes(pybase64.b64decode(picture))
         paths.append(path)
     return paths
 

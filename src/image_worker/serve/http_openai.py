@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-from functools import partial
 from typing import Any, BinaryIO
 
+import pybase64
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
@@ -25,8 +24,6 @@ from image_worker.serve.http_server import (
     read_json,
     takes,
 )
-
-_PIECE = 3 * 2**18  # bytes of a file that become base64 at a time; threes make no padding
 
 
 class OpenAIFailure(BaseModel):
@@ -152,8 +149,7 @@ async def _form(request: Request) -> dict[str, Any]:
 
 
 def _base64(file: BinaryIO) -> str:
-    pieces = iter(partial(file.read, _PIECE), b"")
-    return "".join(base64.b64encode(piece).decode("ascii") for piece in pieces)
+    return pybase64.b64encode_as_string(file.read())
 
 
 def _number(text: str) -> object:

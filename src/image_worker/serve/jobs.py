@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import time
 import uuid
@@ -11,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import pybase64
 from PIL import Image
 
 from image_worker.serve.progress import Progress
@@ -171,4 +171,4 @@ def _milliseconds(start: float, end: float) -> int:
 def _small_file(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return pybase64.b64encode_as_string(buffer.getvalue())
