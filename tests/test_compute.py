@@ -19,7 +19,7 @@ CARDS: tuple[Capability, ...] = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0)
         ("bf16", ["bf16"] * 7),
         ("fp8", ["bf16"] * 3 + ["fp8"] * 4),
         ("8bit", ["bf16"] * 7),
-        ("4bit", ["bf16", "int8", "int8"] + ["fp8"] * 4),
+        ("4bit", ["bf16"] * 3 + ["fp8"] * 4),
     ],
 )
 def test_what_auto_takes(precision: Precision, expected: list[str]) -> None:

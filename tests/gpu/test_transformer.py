@@ -41,8 +41,11 @@ def few_bit_rows() -> list[Row]:
     return [random_row(1024, 1), random_row(512, 0, text=91, seed=2)]
 
 
-def test_bf16_equals_stock_alone_and_in_company(model: Any) -> None:
-    served = ours(model)
+@pytest.mark.parametrize("int8_attention", [False, True])
+def test_bf16_equals_stock_alone_and_in_company(model: Any, int8_attention: bool) -> None:
+    if int8_attention and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("attention in int8 is for Hopper")
+    served = ours(model, int8_attention=int8_attention)
     rows = [random_row(1024, 1), random_row(512, 2, text=91, seed=2), random_row(512, 0, text=7)]
     for row, found in zip(rows, velocities(served, rows), strict=True):
         assert torch.isfinite(found).all()
@@ -60,6 +63,7 @@ def test_bf16_equals_stock_alone_and_in_company(model: Any) -> None:
         ("4bit", "fp8", False),
         ("4bit", "fp8", True),
         ("4bit", "int8", False),
+        ("4bit", "int8", True),
     ],
 )
 def test_few_bits_are_hardly_further_from_bf16_than_stock_nf4(

@@ -139,7 +139,7 @@ def spoil(qkv: Tensor, order: Order, part: int) -> None:
 
 
 @pytest.mark.parametrize("ops", [reference, fused, None], ids=["reference", "fused", "int8"])
-@pytest.mark.parametrize("round_to", [None, FP8])
+@pytest.mark.parametrize("round_to", [None, FP8, torch.int8])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_of_targets_only_it_is_the_same(
     lengths: list[int], round_to: torch.dtype | None, ops: Any
@@ -197,7 +197,8 @@ def test_orders_cover_each_token_once() -> None:
         for place in range(start, min(start + reference.TASK, last))
     }
     assert len(targets) == 65 + 1 + 200 and targets <= reached
-    assert all(start % 8 == 0 for start, _, _, _ in order.target_tasks.tolist())
+    for start, first, last, _ in order.target_tasks.tolist():
+        assert start % 8 == 0 and first <= start < last
     # Rows of 130, 1 and 400 tokens begin at multiples of 128.
     assert {(first, last) for _, first, last, _ in tasks} == {(0, 130), (256, 257), (384, 784)}
     assert all(first <= start < last for start, first, last, _ in tasks)

@@ -41,6 +41,7 @@ def test_attention_compiles_without_spilling_registers() -> None:
 def test_tiles_compile_within_half_of_the_registers() -> None:
     log = io.StringIO()
     compiled("tiles_sm90.cu", attention.TILES_SIZES, log=log)
-    assert "Used 64 registers" in log.getvalue()  # so that two blocks share a multiprocessor
+    used = re.search(r"Used (\d+) registers", log.getvalue())
+    assert used and int(used[1]) <= 64  # so that two blocks share a multiprocessor
     spilled = re.search(r"(\d+) bytes spill stores", log.getvalue())
     assert spilled and int(spilled[1]) <= 16

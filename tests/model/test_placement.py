@@ -53,6 +53,9 @@ def test_auto_takes_fp8_where_it_is_multiplied_and_leaves_room(free: float, prec
     assert decide(free, capability=(8, 9)).precision == precision
     assert decide(39, capability=(8, 9), compute="bf16").precision == "4bit"
     assert decide(39, capability=(8, 9), compute="int8").precision == "4bit"
+    # Nor is a precision taken that cannot be multiplied as asked.
+    assert decide(140, capability=(8, 0), compute="int8").precision == "4bit"
+    assert decide(140, capability=(9, 0), compute="fp8").precision in ("fp8", "4bit")
     assert decide(39, capability=(8, 9), bnb_compute="fp16").precision == "4bit"
     assert decide(23, capability=(8, 9), precision_mode="fp8").offload == "none"
 

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 # The miniature is deeper in noise than the full model: what it makes of 1% is 3 to 5%.
 TOLERANCE: dict[Compute, float] = {"int8": 0.06, "fp8": 0.16}
 ATTENTION_TOLERANCE = 0.2  # int8 attention's own share, of these random tokens
-KINDS = {"8bit": "Rounded", "fp8": "Rounded", "4bit": "Nf4"}
+KINDS = {"8bit": "W8A8", "fp8": "W8A8", "4bit": "Nf4"}
 
 
 def row(side: int, references: int, text: int, seed: int) -> Row:

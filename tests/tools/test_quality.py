@@ -54,7 +54,13 @@ def test_the_report_has_a_line_per_row_and_kind() -> None:
 def test_rounding_moves_pictures_by_as_much_as_it_should() -> None:
     given = quality.make_examples(1)
     exact = rounding.pictures(rounding.Way("float32"), given)
-    way = rounding.Way("weights in 4bit", {"PRECISION_MODE": "4bit"})
-    found = rounding.pictures(way, given)
-    assert rounding.line(way, exact, exact, given).startswith("| weights in 4bit | 100.0 | 100.0 |")
-    assert 20 <= psnr(found, exact).median() <= 60
+    ways = {way.name: way for way in rounding.WAYS}
+    attention, weights, both = (
+        rounding.pictures(ways[name], given)
+        for name in ("attention in int8", "weights in 4bit", "weights in 4bit, products in fp8")
+    )
+    line = rounding.line(ways["weights in 4bit"], exact, exact, given)
+    assert line.startswith("| weights in 4bit | 100.0 | 100.0 |")
+    assert psnr(attention, exact).median() >= 46
+    assert 34 <= psnr(weights, exact).median() <= 45
+    assert 30 <= psnr(both, weights).median() <= 60

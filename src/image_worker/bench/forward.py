@@ -205,7 +205,7 @@ def _compare(
 
 
 def _ways(precision: Precision, capability: tuple[int, int]) -> list[tuple[Compute, bool]]:
-    """What ours multiplies in, and whether it attends in int8: by itself, and if asked to."""
+    """What ours multiplies in, and whether it attends in int8; the defaults are among them."""
     ways = [(automatic(precision, capability, bf16=True), False)]
     if capability == (9, 0):
         ways.append((ways[0][0], True))

@@ -23,10 +23,20 @@ import torch
 from torch import Tensor
 
 from image_worker.kernels.cuda import Kernel
-from image_worker.kernels.reference import EPSILON, LEAST_AMAX, LEAST_VALUE, TASK, TILE
+from image_worker.kernels.reference import (
+    EPSILON,
+    FP8_MAX,
+    INT8_MAX,
+    LEAST_AMAX,
+    LEAST_VALUE,
+    TASK,
+    TILE,
+)
 
 _GROUPS = TASK // 64  # warpgroups that compute; one more copies
-_PIECE, _HEADS_EACH, _TILES_THREADS = 8, 2, 512
+# Of tiles_sm90.cu. Of 1, 2, 3 and 6 heads 2 took least at 8,448 tokens as at 2,304; with 16 warps a
+# thread has so few values that two blocks of threads share a multiprocessor.
+_HEADS_EACH, _WARPS, _PIECE = 2, 16, 8
 _STAGES, _SIZE = 4, 128
 # Queries, tiles of keys and of values with eight rows of ones, barriers; and to align them.
 _SHARED_BYTES = _SIZE * (TASK + _STAGES * (2 * TILE + 8)) + 8 * (2 + 4 * _STAGES) + 1024
@@ -40,6 +50,10 @@ TILES_SIZES: dict[str, int | str] = {
     "CHANNELS": _SIZE,
     "KEYS": TILE,
     "HEADS_EACH": _HEADS_EACH,
+    "WARPS": _WARPS,
+    "PIECE": _PIECE,
+    "INT8_MAX": f"{INT8_MAX}f",
+    "FP8_MAX": f"{FP8_MAX}f",
     "LEAST_AMAX": f"{LEAST_AMAX}f",
     "LEAST_VALUE": f"{LEAST_VALUE}f",
     "EPSILON": f"{EPSILON}f",
@@ -52,8 +66,8 @@ class Tiles:
 
     queries, keys (int8) and values (FP8), uint8 (heads · places, 128); query_scales (heads ·
     places), with log2(e) / sqrt(D) in them; scales (heads, places / 128, 2): of keys, and the
-    logarithm, to the base 2, of that of values; float32. Queries and their scales have a tile more,
-    which is read and not used.
+    logarithm, to the base 2, of that of values; float32. A task's queries begin anywhere: behind
+    the last ones and their scales are as many as a task has, which are read and not used.
     """
 
     queries: Tensor
@@ -93,13 +107,13 @@ class Attend:
             raise ValueError(f"attention in int8 reads bfloat16, not {qkv.dtype}, {norms.dtype}")
         heads = qkv.shape[1] // 3 // size
         device = qkv.device
-        room = torch.empty(3, heads * places + TILE, _SIZE, dtype=torch.uint8, device=device)
-        query_scales = torch.empty(heads * places + TILE, dtype=torch.float32, device=device)
+        room = torch.empty(3, heads * places + TASK, _SIZE, dtype=torch.uint8, device=device)
+        query_scales = torch.empty(heads * places + TASK, dtype=torch.float32, device=device)
         scales = torch.empty(heads, places // TILE, 2, dtype=torch.float32, device=device)
         tiles = Tiles(room[0], room[1], room[2], query_scales, scales)
         self._to_tiles(
             (-(-heads // _HEADS_EACH), places // TILE),
-            _TILES_THREADS,
+            32 * _WARPS,
             *(qkv, norms, rope, owners),
             *(tiles.queries, tiles.keys, tiles.values, tiles.query_scales, tiles.scales),
             *(text_tokens, heads, size, 1 / size, math.log2(math.e) / math.sqrt(size)),

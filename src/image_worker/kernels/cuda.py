@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Kernel:
-    """One kernel, compiled for the current card."""
+    """One kernel, for the current card, which is a Hopper."""
 
     def __init__(
         self,

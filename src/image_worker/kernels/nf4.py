@@ -96,8 +96,9 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     values1 = _four_values(grid + 4, scale, INT8)
     values2 = _four_values(grid + 8, scale, INT8)
     values3 = _four_values(grid + 12, scale, INT8)
-    # A digit of `within` says which of eight values a code means, of the lower or the higher eight;
-    # one of `choice`, in which of two registers its byte is: from 4 on, in the higher eight's.
+    # Hex digit i of `within` says which of eight values code i means, of the lower or of the higher
+    # eight. Both are looked up, four codes at a time; digit i of `choice`, i modulo 4 and 4 more
+    # where the code is 8 or more, then takes byte i of the former or the latter.
     within = packed & 0x77777777
     choice = (packed >> 1 & 0x44444444) ^ 0x32103210
     first = _look_up(values0, values1, values2, values3, within, choice)

@@ -33,6 +33,9 @@ LEAST_VALUE = 2.0**-4
 _HEADROOM = 256  # the softmax's largest weight, in FP8: small ones keep more of their bits
 _SCALES_ALIGNMENT = 16  # bytes; cuBLAS refuses others
 _LEAST_ROWS = 17  # that torch multiplies in int8 on a card
+# Tokens, or rows of weights, at a time: Turing cards run these definitions, and their plan has no
+# room for all of it in 32 bits.
+_PIECE = 1024
 
 
 @dataclass(frozen=True)
@@ -202,14 +205,16 @@ def multiply(x: Quantised, weight: Tensor, scales: Tensor, bias: Tensor, into: T
     weight (out, in), in the type of x's values; scales (out, 1) float32: what to multiply each of
     its rows by.
     """
-    if weight.dtype == torch.int8:
-        sums = _sums_of_integers(x.values, weight)
-    else:
-        sums = x.values.float() @ weight.float().t()
-    sums = sums * x.scales
-    sums *= scales.t()
-    sums += bias
-    into.copy_(sums)
+    for first in range(0, len(into), _PIECE):
+        tokens = slice(first, first + _PIECE)
+        if weight.dtype == torch.int8:
+            sums = _sums_of_integers(x.values[tokens], weight)
+        else:
+            sums = x.values[tokens].float() @ weight.float().t()
+        sums = sums * x.scales[tokens]
+        sums *= scales.t()
+        sums += bias
+        into[tokens].copy_(sums)
 
 
 def _sums_of_integers(x: Tensor, weight: Tensor) -> Tensor:
@@ -231,13 +236,17 @@ def decode_nf4(weight: Nf4, into: Tensor) -> Tensor:
     levels = weight.levels[weight.scales.int()].view(len(weight.offsets), -1)
     outer = weight.scales_of_scales.repeat_interleave(256, dim=1)[:, : levels.shape[1]]
     scales = (levels * outer + weight.offsets[:, None]).view(rows, -1) / weight.row_scales
-    state = QuantState(
-        scales.flatten(),
-        shape=torch.Size((rows, 2 * half)),
-        code=weight.grid,
-        blocksize=64,
-        quant_type="nf4",
-        dtype=torch.float32,
-    )
     found = into[: 2 * weight.codes.numel()].view(weight.round_to).view(rows, 2 * half)
-    return found.copy_(round_values(dequantize_4bit(weight.codes, state), weight.round_to))
+    for first in range(0, rows, _PIECE):
+        piece = slice(first, first + _PIECE)
+        codes = weight.codes[piece]
+        state = QuantState(
+            scales[piece].flatten(),
+            shape=torch.Size((len(codes), 2 * half)),
+            code=weight.grid,
+            blocksize=64,
+            quant_type="nf4",
+            dtype=torch.float32,
+        )
+        found[piece] = round_values(dequantize_4bit(codes, state), weight.round_to)
+    return found

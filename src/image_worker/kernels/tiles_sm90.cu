@@ -12,15 +12,13 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 // Defined by the command that compiles: CHANNELS = 128 of a head, padding included; KEYS = 128, of a tile;
-// HEADS_EACH: of a block; LEAST_AMAX, LEAST_VALUE, EPSILON: as in reference.py.
-constexpr int WARPS = 16;
-constexpr int PIECE = 8;                       // values of 16 bits that are read at a time
+// HEADS_EACH and WARPS: of a block; PIECE = 8, values of 16 bits that are read at a
+// time; the others: as in reference.py.
 constexpr int SHARING = 512 / KEYS;            // threads that share a row of queries or keys
 constexpr int PIECES = CHANNELS / (SHARING * PIECE);  // of a row, for each of them
 constexpr int STRIDE = SHARING * PIECE;        // channels from one of them to the next
 constexpr int TOKENS = 4;                      // of values, for each thread: a word of FP8 for each channel
 constexpr u32 ALL = 0xFFFFFFFF;
-constexpr float INT8_MAX = 127, FP8_MAX = 448;
 constexpr float ROUND = 12582912;  // 1.5 * 2^23: added, it leaves an integer in the lowest bits
 static_assert(KEYS == 32 * TOKENS && CHANNELS == WARPS * PIECE && SHARING == 4, "as threads are numbered");
 
@@ -52,6 +50,7 @@ __device__ __forceinline__ float largest(float value, u32 (&of_warps)[WARPS]) {
     return __uint_as_float(__reduce_max_sync(ALL, of_warps[threadIdx.x % WARPS]));
 }
 
+// As in attention_sm90.cu: a header would not be part of what compiled kernels are found again by.
 __device__ __forceinline__ u32 fp8x4(float a, float b, float c, float d) {
     u32 found;
     asm("{\n"

@@ -59,7 +59,7 @@ class Order:
         rope: Tensor,
         device: torch.device,
     ) -> Order:
-        """targets: in each row, the first and how many; places and rope: on any device."""
+        """targets: in each row, the first and how many; places: on the CPU; rope: anywhere."""
         stream = torch.empty_like(places)
         stream[places] = torch.arange(len(places))
         owners, tasks, target_tasks, wanted, start = [], [], [], [], 0

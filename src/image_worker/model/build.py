@@ -253,11 +253,15 @@ def _compute(settings: Settings, decided: Plan, hardware: Hardware, dtype: torch
         return automatic(precision, hardware.capability, bf16=bf16)
     if settings.compute not in possible(precision, hardware.capability, bf16=bf16):
         precisions = [name for name, ways in POSSIBLE.items() if settings.compute in ways]
-        least = ".".join(map(str, LEAST[settings.compute]))
+        needed = [f"PRECISION_MODE={' or '.join(precisions)}"]
+        if settings.compute == "fp8":
+            needed.append("BNB_COMPUTE=bf16")
+        if hardware.capability is not None:
+            least = ".".join(map(str, LEAST[settings.compute]))
+            needed.append(f"a card of compute capability {least} or later")
         raise InvalidSettings(
-            f"COMPUTE={settings.compute} is impossible with {precision} weights on "
-            f"{hardware.name}: it takes PRECISION_MODE={' or '.join(precisions)} and a card of "
-            f"compute capability {least} or later"
+            f"COMPUTE={settings.compute} is impossible with {precision} weights and numbers in "
+            f"{_name(dtype)} on {hardware.name}: it takes {', '.join(needed)}"
         )
     return settings.compute
 
@@ -268,10 +272,14 @@ def _attends_in_int8(settings: Settings, hardware: Hardware, dtype: torch.dtype)
     runs = hardware.free is None or (is_hopper and dtype == torch.bfloat16)
     if settings.attention == "int8" and not runs:
         raise InvalidSettings(
-            f"ATTENTION=int8 is impossible on {hardware.name}: it takes a Hopper card (compute "
-            "capability 9.0), such as H100 or H200"
+            f"ATTENTION=int8 is impossible with numbers in {_name(dtype)} on {hardware.name}: it "
+            "takes bfloat16 and a Hopper card (compute capability 9.0), such as H100 or H200"
         )
     return settings.attention == "int8" or (settings.attention == "auto" and is_hopper and runs)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _compute_dtype(settings: Settings, hardware: Hardware) -> torch.dtype:

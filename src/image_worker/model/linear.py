@@ -45,7 +45,7 @@ class Modules(nn.Module):
         torch.cat([layer(x) for layer in self.layers], dim=1, out=into)
 
 
-class Rounded(nn.Module):
+class W8A8(nn.Module):
     """Weights in FP8 or int8, multiplied with activations in the same type: of layers, as one.
 
     weight (rows, columns); scales (rows, 1) float32: what to multiply each row by.
@@ -66,7 +66,7 @@ class Rounded(nn.Module):
         self._ops.multiply(x, self.weight, self.scales, self.bias, into)
 
 
-Product = Plain | Modules | Rounded
+Product = Plain | Modules | W8A8
 
 
 class Nf4(nn.Module):

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from image_worker.compute import automatic
+from image_worker.compute import POSSIBLE, automatic
 from image_worker.errors import DoesNotFit
 from image_worker.settings import Precision, Settings
 
@@ -166,6 +166,8 @@ def _choices(
     multiplies_fp8 = automatic("fp8", hardware.capability, bf16=bf16) == "fp8"
     if multiplies_fp8 and settings.compute in ("auto", "fp8"):
         by_itself.insert(1, "fp8")
+    if settings.compute != "auto":
+        by_itself = [one for one in by_itself if settings.compute in POSSIBLE[one]]
     precisions = by_itself if wanted == "auto" else [wanted]
     if settings.cpu_offload != "model":
         yield from ((precision, "none") for precision in precisions)

@@ -21,7 +21,7 @@ from image_worker.compute import Compute
 from image_worker.kernels import reference
 from image_worker.kernels.reference import Activation
 from image_worker.model.attention import BACKENDS, Attention, Exact, Order
-from image_worker.model.linear import Modules, Nf4, Pair, Plain, Product, Rounded, Scratch
+from image_worker.model.linear import W8A8, Modules, Nf4, Pair, Plain, Product, Scratch
 from image_worker.model.modulation import Modulation
 
 # What activations are rounded to for products in each of these; None: they keep their type.
@@ -262,7 +262,7 @@ def _operations(device: torch.device) -> Any:
 def _product(layers: Sequence[Any], ops: Any, round_to: torch.dtype | None) -> Product:
     """How these layers multiply: in few bits, if stored so and asked to, otherwise as they are."""
     if layers[0].weight.dtype == round_to:
-        return Rounded(layers, ops)
+        return W8A8(layers, ops)
     if all(type(layer) is nn.Linear for layer in layers):
         return Plain(layers)
     return Modules(layers)
