@@ -45,7 +45,7 @@ class Kernel:
     def __call__(
         self, grid: tuple[int, ...], threads: int, *arguments: Tensor | int | float
     ) -> None:
-        """Launches it on torch's stream. Tensors are passed as addresses, numbers in 32 bits."""
+        """Launches it on torch's stream. Tensors, which are contiguous, are passed as addresses, numbers in 32 bits."""
         from cuda.core import LaunchConfig, launch
 
         config = LaunchConfig(grid=grid, block=threads, shmem_size=self._shared_bytes)
@@ -86,5 +86,7 @@ class _CurrentStream:
 
 def _argument(value: Tensor | int | float) -> Any:
     if isinstance(value, Tensor):
+        if not value.is_contiguous():
+            raise ValueError(f"a kernel reads contiguous tensors only, not {value.stride()}")
         return value.data_ptr()
     return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
