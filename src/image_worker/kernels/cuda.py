@@ -45,7 +45,10 @@ class Kernel:
     def __call__(
         self, grid: tuple[int, ...], threads: int, *arguments: Tensor | int | float
     ) -> None:
-        """Launches it on torch's stream. Tensors, which are contiguous, are passed as addresses, numbers in 32 bits."""
+        """Launches it on torch's stream.
+
+        Contiguous tensors are passed as addresses, numbers in 32 bits.
+        """
         from cuda.core import LaunchConfig, launch
 
         config = LaunchConfig(grid=grid, block=threads, shmem_size=self._shared_bytes)
