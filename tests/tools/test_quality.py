@@ -25,7 +25,11 @@ def results(sampling: Sampling) -> Tensor:
     return quality.edit(model, quality.encode(model, examples()), sampling)
 
 
-@pytest.mark.parametrize("sampling", [s for s in quality.SAMPLINGS if not s.style and s.steps < 40])
+# Guidance takes twice as long, and is compared with upstream's elsewhere.
+SAMPLINGS = [s for s in quality.SAMPLINGS if not s.style and s.steps < 40 and s.scale == 1]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_held_out_edits_pass(sampling: Sampling) -> None:
     """9 in 10 of two of each kind; `make bench-quality` measures the share."""
     found = judge(examples().before, examples().answers, results(sampling))
