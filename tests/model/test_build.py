@@ -128,6 +128,15 @@ def test_attention_is_not_in_int8_where_the_model_computes_in_float16() -> None:
     assert not _attends_in_int8(Settings.from_env({}), HOPPER, torch.float16)
 
 
+def test_the_log_says_what_is_computed_in_what(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        build_mini(torch.float32, precision_mode="4bit", compute="int8", attention="int8")
+    assert "numbers in float32, products in int8, attention in int8" in caplog.text
+    with caplog.at_level(logging.INFO):
+        build_mini(torch.float32, precision_mode="bf16")
+    assert "numbers in float32, products in float32, attention in float32" in caplog.text
+
+
 def test_attention_in_int8_that_cannot_run_is_refused(monkeypatch: Any) -> None:
     settings = Settings.from_env({"ATTENTION": "int8"})
     with pytest.raises(InvalidSettings, match=r"ATTENTION=int8 is impossible with .* on L40S"):

@@ -6,17 +6,19 @@ reference's in bf16 are.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from image_worker.kernels import int8
-from image_worker.kernels.nf4 import decode as decode_nf4
+from image_worker.kernels import int8, nf4
 from image_worker.kernels.reference import EPSILON, Activation, Quantised
 from image_worker.kernels.rounding import factor_of_token, rounded, store_rounded
 
-__all__ = ["decode_nf4"]
+if TYPE_CHECKING:
+    from image_worker.model.linear import Nf4
 
 _FP16_MAX = tl.constexpr(65504.0)
 _EPSILON = tl.constexpr(EPSILON)
@@ -109,10 +111,15 @@ def to_joint_heads(
     return joint[0], joint[1], joint[2]
 
 
+def decode_nf4(weight: Nf4, into: Tensor) -> Tensor:
+    """As `reference.decode_nf4`."""
+    return nf4.decode(weight, into)
+
+
 def _to_quantised(x: Tensor, places: Tensor | None, round_to: torch.dtype) -> Quantised:
     width = x.shape[1]
     tokens = len(x) if places is None else len(places)
-    found = _quantised_room(x[:tokens], round_to)
+    found = _quantised_room(x, tokens, round_to)
     index = x if places is None else places
     gather = places is not None
     _quantise_kernel[(tokens,)](
@@ -160,12 +167,12 @@ def _norm(
 
 def _room(x: Tensor, round_to: torch.dtype | None) -> Activation:
     """For an activation of x's shape."""
-    return torch.empty_like(x) if round_to is None else _quantised_room(x, round_to)
+    return torch.empty_like(x) if round_to is None else _quantised_room(x, len(x), round_to)
 
 
-def _quantised_room(x: Tensor, round_to: torch.dtype) -> Quantised:
-    scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    return Quantised(torch.empty_like(x, dtype=round_to), scales, x.dtype)
+def _quantised_room(x: Tensor, tokens: int, round_to: torch.dtype) -> Quantised:
+    values = x.new_empty(tokens, x.shape[1], dtype=round_to)
+    return Quantised(values, x.new_empty(tokens, 1, dtype=torch.float32), x.dtype)
 
 
 def _parts(room: Activation) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,12 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 // Defined by the command that compiles: CHANNELS = 128 of a head, padding included; KEYS = 128, of a tile;
-// HEADS_EACH and WARPS: of a block; PIECE = 8, values of 16 bits that are read at a
-// time; the others: as in reference.py.
-constexpr int SHARING = 512 / KEYS;            // threads that share a row of queries or keys
+// HEADS_EACH and WARPS: of a block; PIECE = 8, values of 16 bits that are read at a time; the others: as in
+// reference.py.
+constexpr int SHARING = 32 * WARPS / KEYS;            // threads that share a row of queries or keys
 constexpr int PIECES = CHANNELS / (SHARING * PIECE);  // of a row, for each of them
-constexpr int STRIDE = SHARING * PIECE;        // channels from one of them to the next
-constexpr int TOKENS = 4;                      // of values, for each thread: a word of FP8 for each channel
+constexpr int STRIDE = SHARING * PIECE;               // channels from one of them to the next
+constexpr int TOKENS = 4;  // of values, for each thread: a word of FP8 for each channel
 constexpr u32 ALL = 0xFFFFFFFF;
 constexpr float ROUND = 12582912;  // 1.5 * 2^23: added, it leaves an integer in the lowest bits
 static_assert(KEYS == 32 * TOKENS && CHANNELS == WARPS * PIECE && SHARING == 4, "as threads are numbered");

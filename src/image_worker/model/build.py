@@ -106,6 +106,13 @@ def build(
     log.info("plan: %s on %s: %s", entry.name, hardware.name, decided.describe())
     compute = _compute(settings, decided, hardware, dtype)
     int8_attention = _attends_in_int8(settings, hardware, dtype)
+    numbers = _name(dtype)
+    log.info(
+        "numbers in %s, products in %s, attention in %s",
+        numbers,
+        numbers if compute == "bf16" else compute,
+        "int8" if int8_attention else numbers,
+    )
     recipe = Recipe(
         settings, entry, folder, merged, hardware.device, dtype, compute, int8_attention
     )
