@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from image_worker.bench.forward import ours, quantise, random_model, random_row, relative, stock
+from image_worker.bench.forward import ours, relative, stock
+from image_worker.bench.random_model import quantise, random_model, random_row
 from image_worker.compute import Compute, possible
 from image_worker.model.transformer import Row, velocities
 from image_worker.settings import Precision
@@ -32,9 +33,9 @@ def model() -> Iterator[Any]:
 def nf4_error(model: Any) -> float:
     """Of diffusers' module with NF4 weights."""
     quantised = copy.deepcopy(model)
-    quantise(quantised, "4bit")
+    quantise(quantised.transformer_blocks, "4bit")
     row = few_bit_rows()[0]
-    return relative(stock(quantised, row), stock(model, row))
+    return relative(stock(quantised, [row])[0], stock(model, [row])[0])
 
 
 def few_bit_rows() -> list[Row]:
@@ -49,7 +50,7 @@ def test_bf16_equals_stock_alone_and_in_company(model: Any, int8_attention: bool
     rows = [random_row(1024, 1), random_row(512, 2, text=91, seed=2), random_row(512, 0, text=7)]
     for row, found in zip(rows, velocities(served, rows), strict=True):
         assert torch.isfinite(found).all()
-        assert relative(found, stock(model, row)) <= BF16_TOLERANCE
+        assert relative(found, stock(model, [row])[0]) <= BF16_TOLERANCE
         assert relative(velocities(served, [row])[0], found) <= BF16_TOLERANCE
 
 
@@ -79,8 +80,8 @@ def test_few_bits_are_hardly_further_from_bf16_than_stock_nf4(
     if int8_attention and capability != (9, 0):
         pytest.skip("attention in int8 is for Hopper")
     quantised = copy.deepcopy(model)
-    quantise(quantised, precision)
+    quantise(quantised.transformer_blocks, precision)
     served = ours(quantised, compute, int8_attention=int8_attention)
     rows = few_bit_rows()
     for row, found in zip(rows, velocities(served, rows), strict=True):
-        assert relative(found, stock(model, row)) <= 1.15 * nf4_error
+        assert relative(found, stock(model, [row])[0]) <= 1.15 * nf4_error

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from image_worker.kernels import fused, int8, nf4
+from image_worker.kernels import fused, int8, nf4, products
 
 BF16, FP8, INT8, FP32 = "*bf16", "*fp8e4nv", "*i8", "*fp32"
 INT, INDEX, BYTES, INT32 = "i32", "*i64", "*u8", "*i32"
@@ -40,8 +40,19 @@ MULTIPLY = {"x": INT8, "x_scales": FP32, "weight": INT8, "scales": FP32, "bias":
     "into": BF16,
     **dict.fromkeys(("tokens", "rows", "columns", "stride"), INT),
 }
+PRODUCTS = {
+    "x": "tensordesc<{}[128, 128]>",
+    "x_scales": FP32,
+    "weight": "tensordesc<{}[256, 128]>",
+    "scales": FP32,
+    "bias": BF16,
+    "into": "tensordesc<bf16[128, 128]>",
+    **dict.fromkeys(
+        ("before", "text_tokens", "tokens", "rows", "columns", "tiles", "group", "programs"), INT
+    ),
+}
 ALIGNED = ("rows", "columns", "stride")  # of numbers, those that are multiples of 16
-LEAST_FOR_FP8 = 89
+LEAST_FOR_FP8, HOPPER = 89, 90
 
 Kernel = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 
@@ -71,6 +82,10 @@ def kernels(capability: int) -> Iterator[Kernel]:
     for whole in (True, False):
         constants = tiles | {"WHOLE": whole, "GROUP": int8._GROUP}
         yield int8._multiply_kernel, MULTIPLY, constants, launch
+    for values in (INT8, FP8) if capability == HOPPER else ():
+        types = {name: kind.format(values.removeprefix("*")) for name, kind in PRODUCTS.items()}
+        constants = products.SIZES | {"INT8": values == INT8, "DTYPE": triton.language.bfloat16}
+        yield products._products_kernel, types, constants, products.LAUNCH
 
 
 def main() -> None:

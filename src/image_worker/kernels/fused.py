@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from image_worker.kernels import int8, nf4
-from image_worker.kernels.reference import EPSILON, Activation, Quantised
+from image_worker.kernels import int8, nf4, products
+from image_worker.kernels.reference import EPSILON, Activation, Quantised, streams
 from image_worker.kernels.rounding import factor_of_token, rounded, store_rounded
 
 if TYPE_CHECKING:
@@ -71,21 +71,28 @@ def gelu(x: Tensor, *, round_to: torch.dtype | None) -> Activation:
     return found
 
 
-def multiply(x: Quantised, weight: Tensor, scales: Tensor, bias: Tensor, into: Tensor) -> None:
+def multiply(
+    x: Quantised, text_tokens: int, weight: Tensor, scales: Tensor, bias: Tensor
+) -> Tensor:
     """As `reference.multiply`; FP8 into bfloat16 only."""
-    if weight.dtype == torch.int8:
-        int8.multiply(x, weight, scales, bias, into)
-        return
-    torch._scaled_mm(
-        x.values,
-        weight.t(),
-        scale_a=x.scales,
-        scale_b=scales.t(),
-        bias=bias,
-        out_dtype=into.dtype,
-        use_fast_accum=True,
-        out=into,
-    )
+    if int8.capability(weight.device) == (9, 0):
+        return products.multiply(x, text_tokens, weight, scales, bias)
+    into = x.values.new_empty(len(x.values), len(weight) // 2, dtype=x.dtype)
+    for tokens, rows in streams(text_tokens, weight):
+        if weight.dtype == torch.int8:
+            int8.multiply(x[tokens], weight[rows], scales[rows], bias[rows], into[tokens])
+        else:
+            torch._scaled_mm(
+                x[tokens].values,
+                weight[rows].t(),
+                scale_a=x[tokens].scales,
+                scale_b=scales[rows].t(),
+                bias=bias[rows],
+                out_dtype=into.dtype,
+                use_fast_accum=True,
+                out=into[tokens],
+            )
+    return into
 
 
 def to_joint_heads(

@@ -1,4 +1,4 @@
-"""Products of activations and weights in int8.
+"""Products of activations and weights in int8, for cards before and after Hopper.
 
 A program makes one tile of the result: it multiplies tiles of both operands along the columns, and
 turns the sums, in int32, into the result's type.
@@ -19,9 +19,9 @@ _GROUP = 8  # tiles of tokens whose programs run together, so that they share we
 
 
 def multiply(x: Quantised, weight: Tensor, scales: Tensor, bias: Tensor, into: Tensor) -> None:
-    """As `reference.multiply`, of weights in int8."""
+    """Into (N, out): x · weightᵀ + bias. weight (out, in) int8, bias (out)."""
     (tokens, columns), rows = x.values.shape, len(weight)
-    tiles = tile_sizes(_capability(weight.device))
+    tiles = tile_sizes(capability(weight.device))
     programs = triton.cdiv(tokens, tiles["TOKENS"]) * triton.cdiv(rows, tiles["ROWS"])
     _multiply_kernel[(programs,)](
         x.values,
@@ -65,8 +65,8 @@ def tile_sizes(capability: tuple[int, int]) -> dict[str, int]:
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    # In Triton's interpreter any will do.
+def capability(device: torch.device) -> tuple[int, int]:
+    """The card's compute capability; any for Triton's interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 

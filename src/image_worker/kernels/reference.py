@@ -6,7 +6,7 @@ them ("stream order"). For attention each row's prompt and pictures stand togeth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -199,12 +199,30 @@ def to_stream(mixed: Tensor, places: Tensor, *, round_to: torch.dtype | None) ->
     return _rounded_if(mixed[places], round_to)
 
 
-def multiply(x: Quantised, weight: Tensor, scales: Tensor, bias: Tensor, into: Tensor) -> None:
-    """into (N, out) = x · weightᵀ + bias.
+def multiply(
+    x: Quantised, text_tokens: int, weight: Tensor, scales: Tensor, bias: Tensor
+) -> Tensor:
+    """(N, out) = x · weightᵀ + bias, of x (N, in) in stream order: each stream by its own weights.
 
-    weight (out, in), in the type of x's values; scales (out, 1) float32: what to multiply each of
-    its rows by.
+    weight (2 · out, in), in the type of x's values: the pictures', then the prompts'; scales (2 ·
+    out, 1) float32: what to multiply each of its rows by; bias (2 · out). The result has the type
+    that x had.
     """
+    into = x.values.new_empty(len(x.values), len(weight) // 2, dtype=x.dtype)
+    for tokens, rows in streams(text_tokens, weight):
+        _multiply(x[tokens], weight[rows], scales[rows], bias[rows], into[tokens])
+    return into
+
+
+def streams(text_tokens: int, weight: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Of each stream that has tokens, which they are, and which rows of `weight` are for them."""
+    half = len(weight) // 2
+    if text_tokens:
+        yield slice(text_tokens), slice(half, None)
+    yield slice(text_tokens, None), slice(half)
+
+
+def _multiply(x: Quantised, weight: Tensor, scales: Tensor, bias: Tensor, into: Tensor) -> None:
     for first in range(0, len(into), _PIECE):
         tokens = slice(first, first + _PIECE)
         if weight.dtype == torch.int8:

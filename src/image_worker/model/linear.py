@@ -1,7 +1,6 @@
 """Products of activations and weights: how a layer multiplies, whatever format its weights have.
 
-A product writes into rows of a tensor that is given, so that prompts and pictures, which have
-weights of their own, end up side by side without a copy.
+Prompts and pictures have weights of their own; what comes of both stands side by side.
 """
 
 from __future__ import annotations
@@ -12,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from image_worker.kernels.reference import LARGEST, LEAST_AMAX, Activation, Quantised
+from image_worker.kernels.reference import LARGEST, LEAST_AMAX, Quantised
 from image_worker.model.formats.fp8 import Fp8Linear
 
 
 class Plain(nn.Module):
     """Layers in a 16-bit or wider type, as one: their outputs side by side."""
-
-    round_to: torch.dtype | None = None
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -34,8 +31,6 @@ class Plain(nn.Module):
 class Modules(nn.Module):
     """Layers that multiply in a way of their own, as bitsandbytes' do."""
 
-    round_to: torch.dtype | None = None
-
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -45,36 +40,54 @@ class Modules(nn.Module):
         torch.cat([layer(x) for layer in self.layers], dim=1, out=into)
 
 
-class W8A8(nn.Module):
-    """Weights in FP8 or int8, multiplied with activations in the same type: of layers, as one.
+class Pair(nn.Module):
+    """The same product in both streams, each with weights of its own."""
 
-    weight (rows, columns); scales (rows, 1) float32: what to multiply each row by.
+    round_to: torch.dtype | None = None
+
+    def __init__(self, image: Plain | Modules, text: Plain | Modules, width: int) -> None:
+        super().__init__()
+        self.text, self.image = text, image
+        self._width = width
+
+    def forward(self, x: Tensor, text_tokens: int) -> Tensor:
+        """(N, out) from x (N, in), of which the first are prompts' tokens."""
+        into = x.new_empty(len(x), self._width)
+        if text_tokens:
+            self.text(x[:text_tokens], into[:text_tokens])
+        self.image(x[text_tokens:], into[text_tokens:])
+        return into
+
+
+class W8A8(nn.Module):
+    """The same product in both streams, of weights and activations in FP8 or int8.
+
+    weight (rows, columns): the pictures', below them the prompts'; scales (rows, 1) float32: what
+    to multiply each row by.
     """
 
     def __init__(self, layers: Sequence[Any], ops: Any) -> None:
-        """layers: `Fp8Linear` or bitsandbytes' `Linear8bitLt`, with biases."""
+        """layers: `Fp8Linear` or bitsandbytes' `Linear8bitLt`, with biases; first for pictures."""
         super().__init__()
         weights = [_rows(layer) for layer in layers]
         self.weight = _buffer([values for values, _ in weights])
         self.scales = _buffer([scales for _, scales in weights])
         self.bias = _buffer([layer.bias for layer in layers])
-        self.round_to: torch.dtype | None = self.weight.dtype
+        self.round_to: torch.dtype = self.weight.dtype
         self._ops = ops
 
-    def forward(self, x: Quantised, into: Tensor) -> None:
-        """Into (N, out) from x (N, in)."""
-        self._ops.multiply(x, self.weight, self.scales, self.bias, into)
-
-
-Product = Plain | Modules | W8A8
+    def forward(self, x: Quantised, text_tokens: int) -> Tensor:
+        """As `Pair.forward`."""
+        found: Tensor = self._ops.multiply(x, text_tokens, self.weight, self.scales, self.bias)
+        return found
 
 
 class Nf4(nn.Module):
     """The same product in both streams, with NF4 weights that are decoded to FP8 or int8 each time.
 
     Weights (rows, columns) of layers of one shape, one below the other: first those for pictures,
-    then as many for prompts. All are decoded at once, since every launch takes its time; what was
-    decoded last is still in the card's cache for the product that waits for memory most.
+    then as many for prompts. All are decoded at once, since every launch takes its time; the
+    prompts' last, with which the product begins: they are still in the card's cache.
 
     codes (rows, columns / 2) uint8, the earlier value in the higher half; scales (rows,
     columns / 64) uint8, which are numbers of `levels` (256); scales_of_scales (layers, a layer's
@@ -105,16 +118,8 @@ class Nf4(nn.Module):
     def forward(self, x: Quantised, text_tokens: int) -> Tensor:
         """As `Pair.forward`."""
         weight = self._ops.decode_nf4(self, self._scratch.memory)
-        half = len(weight) // 2
-        into = _room(x, half)
-        halves = [(slice(text_tokens, None), slice(half))]
-        if text_tokens:
-            halves.insert(0, (slice(text_tokens), slice(half, None)))
-        for tokens, rows in halves:
-            self._ops.multiply(
-                x[tokens], weight[rows], self.row_scales[rows], self.bias[rows], into[tokens]
-            )
-        return into
+        found: Tensor = self._ops.multiply(x, text_tokens, weight, self.row_scales, self.bias)
+        return found
 
 
 class Scratch:
@@ -127,31 +132,6 @@ class Scratch:
         """Makes room for `size` bytes."""
         if size > len(self.memory):
             self.memory = torch.empty(size, dtype=torch.uint8, device=self.memory.device)
-
-
-class Pair(nn.Module):
-    """The same product in both streams, each with weights of its own."""
-
-    def __init__(self, text: Product, image: Product, width: int) -> None:
-        super().__init__()
-        self.text, self.image = text, image
-        self.round_to = image.round_to
-        self._width = width
-
-    def forward(self, x: Activation, text_tokens: int) -> Tensor:
-        """(N, out) from x (N, in), of which the first are prompts' tokens."""
-        into = _room(x, self._width)
-        if text_tokens:
-            self.text(x[:text_tokens], into[:text_tokens])
-        self.image(x[text_tokens:], into[text_tokens:])
-        return into
-
-
-def _room(x: Activation, width: int) -> Tensor:
-    """For a product's result: as many tokens as x has."""
-    if isinstance(x, Quantised):
-        return x.values.new_empty(len(x.values), width, dtype=x.dtype)
-    return x.new_empty(len(x), width)
 
 
 def _rows(layer: Any) -> tuple[Tensor, Tensor]:

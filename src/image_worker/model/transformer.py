@@ -21,7 +21,7 @@ from image_worker.compute import Compute
 from image_worker.kernels import reference
 from image_worker.kernels.reference import Activation
 from image_worker.model.attention import BACKENDS, Attention, Exact, Order
-from image_worker.model.linear import W8A8, Modules, Nf4, Pair, Plain, Product, Scratch
+from image_worker.model.linear import W8A8, Modules, Nf4, Pair, Plain, Scratch
 from image_worker.model.modulation import Modulation
 
 # What activations are rounded to for products in each of these; None: they keep their type.
@@ -211,20 +211,21 @@ class Block(nn.Module):
         super().__init__()
         self._ops, self._attention, attn = ops, attention, source.attn
 
-        def pair(text: Sequence[Any], image: Sequence[Any]) -> Pair | Nf4:
+        def product(image: Sequence[Any], text: Sequence[Any]) -> Pair | W8A8 | Nf4:
             layers = (*image, *text)
             if round_to and all(hasattr(layer.weight, "quant_state") for layer in layers):
                 return Nf4(layers, scratch, ops, round_to)
-            products = [_product(layers, ops, round_to) for layers in (text, image)]
-            return Pair(products[0], products[1], sum(layer.out_features for layer in image))
+            if layers[0].weight.dtype == round_to:
+                return W8A8(layers, ops)
+            return Pair(_alike(image), _alike(text), sum(layer.out_features for layer in image))
 
-        self.qkv = pair(
-            (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.to_q, attn.to_k, attn.to_v)
+        self.qkv = product(
+            (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         )
         self.round_to: torch.dtype | None = self.qkv.round_to
-        self.out = pair((attn.to_add_out,), (attn.to_out[0],))
-        self.up = pair((source.txt_mlp.net[0].proj,), (source.img_mlp.net[0].proj,))
-        self.down = pair((source.txt_mlp.net[2],), (source.img_mlp.net[2],))
+        self.out = product((attn.to_out[0],), (attn.to_add_out,))
+        self.up = product((source.img_mlp.net[0].proj,), (source.txt_mlp.net[0].proj,))
+        self.down = product((source.img_mlp.net[2],), (source.txt_mlp.net[2],))
         norms = (attn.norm_added_q, attn.norm_added_k, attn.norm_q, attn.norm_k)
         weights = [norm.weight.detach() for norm in norms]
         self.norms = nn.Buffer(torch.stack(weights).view(2, 2, -1))
@@ -259,10 +260,8 @@ def _operations(device: torch.device) -> Any:
     return fused
 
 
-def _product(layers: Sequence[Any], ops: Any, round_to: torch.dtype | None) -> Product:
-    """How these layers multiply: in few bits, if stored so and asked to, otherwise as they are."""
-    if layers[0].weight.dtype == round_to:
-        return W8A8(layers, ops)
+def _alike(layers: Sequence[Any]) -> Plain | Modules:
+    """Layers of one stream, as they are."""
     if all(type(layer) is nn.Linear for layer in layers):
         return Plain(layers)
     return Modules(layers)
