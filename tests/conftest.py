@@ -16,10 +16,10 @@ if not torch.cuda.is_available():  # Triton then runs kernels in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
 from image_worker.catalog import CATALOG, ModelEntry
-from image_worker.model.build import Model, Recipe, build, read_component
+from image_worker.model.build import Model, build
 from image_worker.model.components import Component
-from image_worker.model.lora import Lora
 from image_worker.model.placement import detect_hardware
+from image_worker.model.recipe import Recipe, read_component
 from image_worker.settings import Precision, Settings
 
 MINI = CATALOG["mini"]
@@ -45,9 +45,9 @@ def read_mini(
 ) -> Any:
     """A component of the miniature as its library has it, the transformer with Lightning merged."""
     settings = Settings.from_env({})
-    loras = (Lora.read(MINI_FOLDER / MINI.lightning[8].path),) if lora else ()
+    loras = (MINI_FOLDER / MINI.lightning[8].path,) if lora else ()
     recipe = Recipe(settings, MINI, MINI_FOLDER, loras, torch.device("cpu"), dtype)
-    return read_component(recipe, component, precision).eval()
+    return read_component(recipe, component, precision, whole=True).eval()
 
 
 @functools.cache

@@ -45,6 +45,11 @@ class Settings(BaseSettings):
         default_factory=_default_model_dir,
         description="where downloaded weights and compiled kernels are kept",
     )
+    keep_prepared: Literal["auto", "1", "0"] = Field(
+        "auto",
+        description="write weights as they are served to MODEL_DIR/prepared, from where the next "
+        "start reads them; auto does where there is a card",
+    )
     local_only: bool = Field(False, description="never download")
     precision_mode: Literal["auto", "bf16", "fp8", "8bit", "4bit"] = Field(
         "auto", description="how weights are stored on the card; auto picks by free memory"

@@ -15,14 +15,15 @@ import torch
 from image_worker.catalog import LIGHTNING_SAMPLER
 from image_worker.errors import DoesNotFit, InvalidSettings, ModelMismatch
 from image_worker.model import build as build_module
+from image_worker.model import recipe as recipe_module
 from image_worker.model.build import (
     _attends_in_int8,
     _compute,
     _compute_dtype,
     build,
-    keep_kernels,
 )
 from image_worker.model.placement import GIB, Hardware, Plan
+from image_worker.model.recipe import keep_kernels
 from image_worker.settings import Settings
 from tests.conftest import MINI, MINI_FOLDER, build_mini, mini_model
 
@@ -145,7 +146,7 @@ def test_attention_in_int8_that_cannot_run_is_refused(monkeypatch: Any) -> None:
     def fail(*_: Any) -> None:
         raise ImportError("No module named 'cuda'")
 
-    monkeypatch.setattr(build_module, "Int8", fail)
+    monkeypatch.setattr(recipe_module, "Int8", fail)
     with pytest.raises(InvalidSettings, match="set ATTENTION=bf16"):
         build_mini(torch.bfloat16, attention="int8")
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from image_worker.model import offload
 from image_worker.model.formats import FORMATS
+from image_worker.model.packed import slots
 from image_worker.settings import Precision
 
 
@@ -29,12 +30,12 @@ def test_the_module_computes_the_same_from_its_copy(
 ) -> None:
     monkeypatch.setattr(offload, "_CHUNK", chunk)
     module = _module(precision)
-    tensors = [getattr(owner, name).clone() for owner, name in offload._attributes(module)]
+    tensors = [slot.tensor.clone() for slot in slots(module)]
     held = offload._HostCopy(module)
     held.enter(torch.device("cpu"))
     held.leave()
-    for (owner, name), before in zip(offload._attributes(module), tensors, strict=True):
-        after = getattr(owner, name)
+    for slot, before in zip(slots(module), tensors, strict=True):
+        after = slot.tensor
         assert after.dtype == before.dtype
         assert torch.equal(after, before)
         assert after.untyped_storage().data_ptr() in {
@@ -69,6 +70,8 @@ def test_memory_that_runs_out_on_the_way_in_is_not_remembered_as_present(
 
 
 def test_the_hidden_tensors_of_both_formats_are_found() -> None:
-    names = {p: {n for _, n in offload._attributes(_module(p))} for p in ("8bit", "4bit")}
-    assert names["8bit"] == {"data", "CB", "SCB"}
-    assert names["4bit"] == {"data", "absmax", "code", "offset"}
+    names = {p: {slot.name for slot in slots(_module(p))} for p in ("8bit", "4bit")}
+    assert names["8bit"] == {"0.weight", "0.state.CB", "0.state.SCB"}
+    nested = {f"0.weight.nested.{name}" for name in ("absmax", "code")}
+    assert names["4bit"] - nested == {f"0.weight{x}" for x in ("", ".absmax", ".code", ".offset")}
+    assert nested < names["4bit"]

@@ -129,14 +129,11 @@ def test_nf4_is_bitsandbytes_own() -> None:
 
 @pytest.mark.parametrize("precision", ["fp8", "8bit", "4bit"])
 def test_the_forecast_of_a_layers_bytes_is_right(precision: Any) -> None:
-    from image_worker.model.offload import _attributes
+    from image_worker.model.packed import slots
 
     form = FORMATS[precision]
     assert form is not None
     layer = form.encode(torch.randn(1024, 512).bfloat16(), False, torch.bfloat16)
-    unique = {
-        getattr(owner, name).data_ptr(): getattr(owner, name).nbytes
-        for owner, name in _attributes(layer)
-    }
+    unique = {slot.tensor.data_ptr(): slot.tensor.nbytes for slot in slots(layer)}
     # Beside the weights, NF4 keeps two tables of code values, 1 KiB and less.
     assert 0 <= sum(unique.values()) - form.size(1024, 512) <= 1200

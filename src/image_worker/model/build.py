@@ -1,6 +1,8 @@
 """The path of a model, walked once at cold start: from settings to a model that is ready to edit.
 
 settings → Recipe → Plan → text encoder → transformer (+ Lightning, merged) → VAE → first edit
+
+Weights come from the checkpoint's own files, or from those that an earlier start prepared.
 """
 
 from __future__ import annotations
@@ -19,17 +21,15 @@ from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 from image_worker.catalog import LIGHTNING_SAMPLER, ModelEntry, Sampler
 from image_worker.compute import LEAST, POSSIBLE, Compute, automatic, possible
 from image_worker.errors import DoesNotFit, InvalidSettings
-from image_worker.model import components, files, weights
-from image_worker.model.attention import Int8
+from image_worker.model import components, files
 from image_worker.model.cold_start import ColdStart
 from image_worker.model.components import Component
-from image_worker.model.lora import Lora
 from image_worker.model.offload import Placement
 from image_worker.model.placement import Hardware, Plan, Sizes, plan
+from image_worker.model.recipe import Recipe, as_served, read_component
 from image_worker.model.remembered import Remembered
-from image_worker.model.transformer import ROUND_TO, Transformer
-from image_worker.model.vae import PictureVae
-from image_worker.settings import Precision, Settings
+from image_worker.model.store import Store
+from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -59,24 +59,6 @@ class Model:
         return self.lightning_steps or self.entry.steps
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What is built, where from and in which type: everything but where it will lie.
-
-    loras: merged into the transformer; compute: what it multiplies weights in few bits in;
-    int8_attention: it attends in int8.
-    """
-
-    settings: Settings
-    entry: ModelEntry
-    folder: Path
-    loras: tuple[Lora, ...]
-    device: torch.device
-    dtype: torch.dtype
-    compute: Compute = "bf16"
-    int8_attention: bool = False
-
-
 def build(
     settings: Settings,
     entry: ModelEntry,
@@ -98,7 +80,7 @@ def build(
     cold_start = ColdStart()
     with cold_start.step("find files"):
         folder = files.find_model(entry, settings)
-        merged = (*_lightning(settings, entry), *map(Lora.read, loras))
+        merged = (*_lightning(settings, entry), *loras)
     dtype = dtype or _compute_dtype(settings, hardware)
     shape = components.shape(entry, components.read_configs(folder))
     sizes = components.sizes(folder, settings, dtype)
@@ -118,10 +100,14 @@ def build(
     )
 
     def start(decided: Plan) -> Model:
-        model = _load(recipe, decided, sizes[decided.precision], cold_start)
+        store = Store(recipe, decided.precision)
+        model = _load(recipe, store, decided, sizes[decided.precision], cold_start)
         if first_edit is not None:
             with cold_start.step("first edit"):
                 first_edit(model)
+        if store.is_to_write:
+            with cold_start.step("prepare"):
+                store.write(model)
         cold_start.finish()
         return model
 
@@ -141,14 +127,16 @@ def build(
         ) from error
 
 
-def _load(recipe: Recipe, decided: Plan, sizes: Sizes, cold_start: ColdStart) -> Model:
+def _load(
+    recipe: Recipe, store: Store, decided: Plan, sizes: Sizes, cold_start: ColdStart
+) -> Model:
     entry, folder, settings = recipe.entry, recipe.folder, recipe.settings
     lightning = settings.use_lightning_lora
     placement = Placement(recipe.device, offload=decided.offload == "model")
 
     def load(component: Component) -> nn.Module:
         with cold_start.step(f"load {component.name}", getattr(sizes, component.name)):
-            module = _load_component(recipe, component, decided)
+            module = store.read(component) or _load_component(recipe, component, decided)
             placement.add(component.name, module)
         return module
 
@@ -176,66 +164,11 @@ def _load(recipe: Recipe, decided: Plan, sizes: Sizes, cold_start: ColdStart) ->
 
 def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.Module:
     module = read_component(recipe, component, decided.precision)
-    if isinstance(module, PictureVae):
-        module.fold()
-    if component is components.TRANSFORMER:
-        module = _served(recipe, module)
-    return module.eval().to(recipe.device)  # buffers, which no checkpoint holds
+    module = as_served(recipe, component, module)
+    return module.to(recipe.device)  # buffers, which no checkpoint holds
 
 
-def _served(recipe: Recipe, source: Any) -> Transformer:
-    cache = keep_kernels(recipe.settings) if recipe.device.type == "cuda" else None
-    attention = None
-    if recipe.int8_attention:
-        try:
-            attention = Int8(recipe.device, cache)
-        except Exception as error:  # of CUDA's packages, which have no kind of their own
-            raise InvalidSettings(
-                f"attention in int8 does not run here ({error}); set ATTENTION=bf16 to go without"
-            ) from error
-    round_to = ROUND_TO[recipe.compute]
-    return Transformer(source, recipe.device, recipe.dtype, round_to=round_to, attention=attention)
-
-
-def keep_kernels(settings: Settings) -> Path | None:
-    """Has Triton keep compiled kernels beside the weights, where the next start finds them.
-
-    Returns the folder for kernels that are not Triton's, or None where nothing can be written.
-    """
-    import tempfile
-
-    import triton
-
-    folder = settings.model_dir / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        log.info("compiled kernels are not kept: %s", error)
-        return None
-    usual = Path.home() / ".triton" / "cache"
-    if Path(triton.knobs.cache.dir) == usual:  # nobody chose another one
-        triton.knobs.cache.dir = str(folder / "triton")
-    return folder / "cuda"
-
-
-def read_component(recipe: Recipe, component: Component, precision: Precision) -> nn.Module:
-    """A component as its library has it, with its weights, the transformer's LoRAs merged."""
-    folder = recipe.folder / component.name
-    module = component.empty(folder)
-    weights.load(
-        module,
-        files.weight_files(folder),
-        component.storage(precision, recipe.settings, recipe.dtype),
-        recipe.device,
-        rename=component.rename,
-        loras=recipe.loras if component is components.TRANSFORMER else (),
-        label=component.name,
-    )
-    return module
-
-
-def _lightning(settings: Settings, entry: ModelEntry) -> list[Lora]:
+def _lightning(settings: Settings, entry: ModelEntry) -> list[Path]:
     if not settings.use_lightning_lora:
         return []
     file = entry.lightning.get(settings.lightning_steps)
@@ -244,7 +177,7 @@ def _lightning(settings: Settings, entry: ModelEntry) -> list[Lora]:
             f"{entry.name} has no Lightning LoRA for {settings.lightning_steps} steps; "
             "set USE_LIGHTNING_LORA=0 to go without"
         )
-    return [Lora.read(files.find_adapter(file, settings))]
+    return [files.find_adapter(file, settings)]
 
 
 def _compute(settings: Settings, decided: Plan, hardware: Hardware, dtype: torch.dtype) -> Compute:

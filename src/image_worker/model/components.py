@@ -32,7 +32,8 @@ class Component:
 
     kind: the class that its configuration must name; empty(folder): the module, its parameters on
     the meta device; rename: the module's name for a checkpoint's tensor, None if it is not needed;
-    quantised, on_host: whether the linear layer of a name is.
+    quantised, on_disk: whether the linear layer of a name is; blocks: the list that most of the
+    weights are in, as it is called in the module that serves.
     """
 
     name: str
@@ -40,7 +41,8 @@ class Component:
     empty: Callable[[Path], nn.Module]
     rename: Callable[[str], str | None] = lambda name: name
     quantised: Callable[[str], bool] = lambda path: False  # noqa: ARG005
-    on_host: Callable[[str], bool] = lambda path: False  # noqa: ARG005
+    on_disk: Callable[[str], bool] = lambda path: False  # noqa: ARG005
+    blocks: str | None = None
 
     def storage(
         self, precision: Precision, settings: Settings, dtype: torch.dtype
@@ -48,7 +50,7 @@ class Component:
         """How this component's weights are kept."""
         everything = settings.quantize_components == "all"
         form = FORMATS[precision] if everything or self.name == "text_encoder" else None
-        return weights.Storage(dtype, form, self.quantised, self.on_host)
+        return weights.Storage(dtype, form, self.quantised, self.on_disk)
 
 
 def text_encoder_name(name: str) -> str | None:
@@ -91,13 +93,15 @@ TEXT_ENCODER = Component(
     empty=_empty_text_encoder,
     rename=text_encoder_name,
     quantised=lambda path: path.startswith("language_model.layers."),
+    blocks="language_model.layers",
 )
 TRANSFORMER = Component(
     "transformer",
     kind="QwenImageTransformer2DModel",
     empty=_empty_diffusers(QwenImageTransformer2DModel),
     quantised=lambda path: path.startswith("transformer_blocks.") and not is_modulation(path),
-    on_host=is_modulation,
+    on_disk=is_modulation,
+    blocks="blocks",
 )
 VAE = Component("vae", kind="AutoencoderKLQwenImage", empty=_empty_diffusers(PictureVae))
 ALL = (TEXT_ENCODER, TRANSFORMER, VAE)

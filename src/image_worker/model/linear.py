@@ -146,6 +146,8 @@ def _largest(state: Any) -> Tensor:
     """The largest absolute value of each row, (rows, 1) float32, above 0: NF4's grid ends at ±1."""
     from bitsandbytes.functional import dequantize_blockwise
 
+    if state.absmax.is_meta:
+        return torch.empty(state.shape[0], 1, device="meta")
     scales: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
     return scales.view(state.shape[0], -1).amax(dim=1, keepdim=True).float().clamp(min=LEAST_AMAX)
 

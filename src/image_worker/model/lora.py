@@ -7,7 +7,7 @@ a 4-bit weight swallows nearly all of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,15 +54,18 @@ class Lora:
         self._merged: set[str] = set()
 
     @classmethod
-    def read(cls, path: Path) -> Lora:
+    def read(cls, path: Path, only: Callable[[str], bool] = lambda name: True) -> Lora:  # noqa: ARG005
         """Reads `lora_down`/`lora_up`/`alpha` or `lora_A`/`lora_B` files, with or without prefix.
+
+        only: which modules' changes to read.
 
         Raises:
             ModelMismatch: no safetensors file, a tensor that is no part of a LoRA, or a half pair.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names if only(_module(name))}
                 metadata = file.metadata() or {}
         except Exception as error:  # safetensors raises its own, OS and value errors alike
             raise ModelMismatch(f"{path.name} is not a readable safetensors file") from error
@@ -71,7 +74,7 @@ class Lora:
                 f"{path.name} keeps its scales in its metadata, as peft writes them; save it with "
                 "an alpha per module"
             )
-        return cls(path.name, _pairs(path.name, tensors))
+        return cls(path.name, _pairs(path.name, tensors) if tensors or not names else {})
 
     def check_fits(self, model: nn.Module) -> None:
         """Every module that the file names must be a linear layer of `model`, of fitting shape.
@@ -105,13 +108,16 @@ class Lora:
         self._merged.add(module)
         return pair.add_to(weight)
 
-    def check_merged(self) -> None:
-        """After loading: every pair must have found its weight.
+    def check_merged(
+        self,
+        later: Callable[[str], bool] = lambda name: False,  # noqa: ARG005
+    ) -> None:
+        """After loading: every pair must have found its weight, but those of modules read later.
 
         Raises:
             ModelMismatch: some have not.
         """
-        left = [name for name in self.pairs if name not in self._merged]
+        left = [name for name in self.pairs if name not in self._merged and not later(name)]
         if left:
             raise ModelMismatch(
                 f"{self.name}: {len(left)} of {len(self.pairs)} modules were not merged, "
@@ -160,6 +166,12 @@ def _check_pairs(name: str, parts: Iterable[tuple[str, dict[str, Tensor]]]) -> N
 def _scale(part: dict[str, Tensor]) -> float:
     rank = part["down"].shape[0]
     return part["alpha"].item() / rank if "alpha" in part else 1.0
+
+
+def _module(key: str) -> str:
+    """Whose change the tensor of that name is; the name itself, where it is no LoRA's."""
+    match = _KEY.fullmatch(_without_prefix(key))
+    return match["module"] if match else key
 
 
 def _without_prefix(key: str) -> str:

@@ -2,14 +2,14 @@
 
 Every block turns the timestep, and nothing else, into shifts, scales and gates for its tokens. A
 schedule has few timesteps, so these are computed once for each of them, with the layers that the
-stock module would run at every step; the layers themselves wait in the host's memory or, mapped
-from the checkpoint's file, on disk.
+stock module would run at every step. The layers themselves stay where they are: on disk.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,25 +18,46 @@ from torch import Tensor
 from torch.nn import functional
 
 KEPT = 64  # tables that nobody uses; 4.2 MiB each in the full model
+_READERS = 4  # threads that read layers, each one ahead
+Read = Callable[[str], tuple[Tensor, Tensor]]  # a layer's weight and bias, by its name
 
 
 class Modulation:
     """Tables by timestep: those that somebody holds, and the ones used last."""
 
-    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
-        """Takes the layers out of `model`, a `QwenImageTransformer2DModel`."""
+    def __init__(
+        self, model: Any, device: torch.device, dtype: torch.dtype, read: Read | None = None
+    ) -> None:
+        """Takes the layers out of `model`, a `QwenImageTransformer2DModel`.
+
+        read: reads them, where `model` has them without weights.
+        """
         self._embed = model.time_text_embed
         self._device, self._dtype = device, dtype
         blocks = model.transformer_blocks
-        self._layers = [layer for block in blocks for layer in (block.txt_mod[1], block.img_mod[1])]
-        self._layers.append(model.norm_out.linear)
+        self._width = model.norm_out.linear.in_features
+        layers = {
+            f"transformer_blocks.{number}.{name}.1": getattr(block, name)[1]
+            for number, block in enumerate(blocks)
+            for name in ("txt_mod", "img_mod")
+        } | {"norm_out.linear": model.norm_out.linear}
+        self._names = tuple(layers)
+        self._read = read or (lambda name: (layers[name].weight, layers[name].bias))
         for block in blocks:
             del block.txt_mod, block.img_mod
         del model.norm_out
         self._tables: WeakValueDictionary[float, Tensor] = WeakValueDictionary()
         self._recent: OrderedDict[float, Tensor] = OrderedDict()
         self._blocks = len(blocks)
-        self._width = self._layers[-1].in_features
+
+    def tables(self) -> dict[float, Tensor]:
+        """Those that were used last, by timestep: (blocks · 12 + 2) · width numbers each."""
+        return dict(self._recent)
+
+    def put(self, tables: Mapping[float, Tensor]) -> None:
+        """Takes tables that were made before, on the device."""
+        for level, table in tables.items():
+            self._tables[level] = self._recent[level] = table
 
     def prepare(self, timesteps: Sequence[float]) -> list[Tensor]:
         """The tables of those timesteps, in [0, 1]. While they are held, no step waits for them."""
@@ -60,13 +81,22 @@ class Modulation:
             return {}
         embedded = [self._embedding(level) for level in levels]
         parts: list[list[Tensor]] = [[] for _ in levels]
-        for layer in self._layers:
-            weight, bias = (
-                tensor.to(self._device, self._dtype) for tensor in (layer.weight, layer.bias)
-            )
+        for layer in self._each_layer():
+            weight, bias = (tensor.to(self._device, self._dtype) for tensor in layer)
             for found, vector in zip(parts, embedded, strict=True):
                 found.append(functional.linear(vector, weight, bias)[0])
         return {level: torch.cat(found) for level, found in zip(levels, parts, strict=True)}
+
+    def _each_layer(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """In order. A few are read ahead, and no more, since all of them are 13.6 GB."""
+        with ThreadPoolExecutor(_READERS) as readers:
+            ahead: deque[Future[tuple[Tensor, Tensor]]] = deque()
+            for name in self._names:
+                ahead.append(readers.submit(self._read, name))
+                if len(ahead) > _READERS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
     def of_blocks(self, streams: Iterable[tuple[float, int]]) -> Tensor:
         """(M, blocks, 6, width): shift, scale and gate before attention, and the same after it.

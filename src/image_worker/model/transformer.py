@@ -22,7 +22,7 @@ from image_worker.kernels import reference
 from image_worker.kernels.reference import Activation
 from image_worker.model.attention import BACKENDS, Attention, Exact, Order
 from image_worker.model.linear import W8A8, Modules, Nf4, Pair, Plain, Scratch
-from image_worker.model.modulation import Modulation
+from image_worker.model.modulation import Modulation, Read
 
 # What activations are rounded to for products in each of these; None: they keep their type.
 ROUND_TO: dict[Compute, torch.dtype | None] = {
@@ -96,11 +96,12 @@ class Transformer(nn.Module):
         *,
         round_to: torch.dtype | None,
         attention: Attention | None = None,
+        read: Read | None = None,
     ) -> None:
         """Takes `source` apart.
 
         round_to: multiply weights in 4 bit in this type, FP8 or int8, and those that are stored in
-        it; all others, or None: as they are.
+        it; all others, or None: as they are. read: as of `Modulation`.
         """
         super().__init__()
         self.config = source.config
@@ -110,7 +111,8 @@ class Transformer(nn.Module):
         self.rope = source.pos_embed
         self.img_in, self.txt_in, self.txt_norm = source.img_in, source.txt_in, source.txt_norm
         self.proj_out = source.proj_out
-        self.modulation = Modulation(source, device, dtype)
+        self.time_embed = source.time_text_embed
+        self.modulation = Modulation(source, device, dtype, read)
         self.layout = functools.lru_cache(maxsize=8)(self._layout)
         self._ops = _operations(device)
         attention = attention or Exact(self._ops)

@@ -1,14 +1,12 @@
 """Streams a component's checkpoint into its module: shard by shard, tensor by tensor.
 
 Per tensor: read, move to the device, cast, add the LoRA's change, quantise, put in place. So no
-more than one full-precision weight is on the card, and no more than one shard mapped, at a time;
-but layers that stay off the card keep their shards mapped (`Storage.on_host`).
+more than one full-precision weight is on the card, and no more than one shard mapped, at a time.
+Layers that are needed now and then only stay in their files: `Layers` reads them.
 """
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from tqdm import tqdm
 from image_worker.errors import ModelMismatch
 from image_worker.model.formats import Format
 from image_worker.model.lora import Lora
+from image_worker.model.tensor_file import TensorFile
 
 Rename = Callable[[str], str | None]
 
@@ -31,14 +30,13 @@ class Storage:
     """How a component's weights are kept.
 
     `stores(name)` says whether the linear layer of that name is kept in `format`; all else is kept
-    in `dtype`. `on_host(name)`: whether that layer stays off the card, mapped from its file where
-    nothing is merged into it.
+    in `dtype`. `on_disk(name)`: whether that layer is not loaded, but read whenever it is needed.
     """
 
     dtype: torch.dtype
     format: Format | None
     stores: Callable[[str], bool]
-    on_host: Callable[[str], bool] = lambda name: False  # noqa: ARG005
+    on_disk: Callable[[str], bool] = lambda name: False  # noqa: ARG005
 
 
 def load(
@@ -69,13 +67,64 @@ def load(
         if target not in missing:
             raise ModelMismatch(f"{label}: the checkpoint has {name}, which the model has not")
         missing.remove(target)
-        _place(module, target, tensor, storage, device, loras)
+        _check_shape(module, target, tensor.shape)
+        if not storage.on_disk(target.rpartition(".")[0]):
+            _place(module, target, tensor, storage, device, loras)
     if missing:
         raise ModelMismatch(
             f"{label}: the checkpoint lacks {len(missing)} tensors, the first: {min(missing)}"
         )
     for lora in loras:
-        lora.check_merged()
+        lora.check_merged(later=storage.on_disk)
+
+
+def empty(module: nn.Module, storage: Storage) -> None:
+    """What `load` makes of `module`, without any tensor: its parameters stay on the meta device."""
+    for path, layer in list(module.named_modules()):
+        if isinstance(layer, nn.Linear) and storage.format and storage.stores(path):
+            bias = layer.bias is not None
+            found = storage.format.empty(layer.out_features, layer.in_features, bias, storage.dtype)
+            found.bias = layer.bias
+            module.set_submodule(path, found)
+
+
+class Layers:
+    """Linear layers that stay in their files: weight and bias, read whenever they are asked for.
+
+    Calls may come from several threads.
+    """
+
+    def __init__(self, files: Sequence[Path], loras: Sequence[Lora], dtype: torch.dtype) -> None:
+        """loras: merged into what is read, as they are into what is loaded."""
+        self._files = {name: found for found in map(TensorFile.open, files) for name in found.parts}
+        self._loras, self._dtype = loras, dtype
+
+    def __call__(self, path: str) -> tuple[Tensor, Tensor]:
+        """Of the layer of that name: (out, in) and (out)."""
+        weight, bias = (
+            self._files[name].read(name).to(self._dtype)
+            for name in (f"{path}.weight", f"{path}.bias")
+        )
+        return _with_loras(weight, path, self._loras), bias
+
+
+def _check_shape(module: nn.Module, name: str, shape: torch.Size) -> None:
+    path, _, leaf = name.rpartition(".")
+    expected = getattr(module.get_submodule(path), leaf).shape
+    if shape != expected:
+        raise ModelMismatch(
+            f"{name} is {tuple(shape)} in the checkpoint, {tuple(expected)} in the model"
+        )
+
+
+def _with_loras(weight: Tensor, path: str, loras: Sequence[Lora]) -> Tensor:
+    """The weight of the layer `path` with their changes, in its type."""
+    if not any(path in lora.pairs for lora in loras):
+        return weight
+    wide = weight.float()  # so that several are summed before they are rounded
+    for lora in loras:
+        wide = lora.merge(path, wide)
+    return wide.to(weight.dtype)
 
 
 def _place(
@@ -88,19 +137,9 @@ def _place(
 ) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    expected = getattr(owner, leaf).shape
-    if tensor.shape != expected:
-        raise ModelMismatch(
-            f"{name} is {tuple(tensor.shape)} in the checkpoint, {tuple(expected)} in the model"
-        )
-    if storage.on_host(path):
-        device = torch.device("cpu")
     tensor = tensor.to(device=device, dtype=storage.dtype)
-    if leaf == "weight" and any(path in lora.pairs for lora in loras):
-        wide = tensor.float()  # so that several are summed before they are rounded
-        for lora in loras:
-            wide = lora.merge(path, wide)
-        tensor = wide.to(storage.dtype)
+    if leaf == "weight":
+        tensor = _with_loras(tensor, path, loras)
     quantised = storage.format is not None and leaf == "weight" and storage.stores(path)
     if not (quantised and isinstance(owner, nn.Linear)):
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
@@ -120,34 +159,18 @@ def stored_bytes(files: list[Path], storage: Storage, rename: Rename = lambda na
     """
     total = 0
     for file in files:
-        for name, shape in _header(file).items():
-            target = rename(name)
+        for name, part in TensorFile.open(file).parts.items():
+            target, shape = rename(name), part.shape
             if target is None:
                 continue
             path, _, leaf = target.rpartition(".")
-            if storage.on_host(path):
+            if storage.on_disk(path):
                 continue
             if storage.format and leaf == "weight" and len(shape) == 2 and storage.stores(path):
                 total += storage.format.size(*shape)
             else:
-                total += storage.dtype.itemsize * int(torch.Size(shape).numel())
+                total += storage.dtype.itemsize * shape.numel()
     return total
-
-
-def _header(file: Path) -> dict[str, list[int]]:
-    """Names and shapes of a safetensors file's tensors."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-        shapes = {name: entry["shape"] for name, entry in header.items()}
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
-        raise ModelMismatch(f"{file.name} is no safetensors file, or is cut off") from error
-    if file.stat().st_size != end:
-        raise ModelMismatch(f"{file.name} is cut off: {file.stat().st_size} bytes instead of {end}")
-    return shapes
 
 
 def _read(files: list[Path], label: str) -> Iterator[tuple[str, Tensor]]:

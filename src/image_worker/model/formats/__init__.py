@@ -1,6 +1,7 @@
 """Weight formats, one file each: how a linear layer's weight is stored, and in how many bytes.
 
-A format's `encode` turns a full-precision weight into the layer that takes its place.
+A format's `encode` turns a full-precision weight into the layer that takes its place; `empty` makes
+that layer without its tensors, to be filled from bytes that were encoded before.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ class Format:
 
     encode(weight, bias, dtype): weight (out, in) on the device where it stays; the bias, if `bias`,
     is set later; dtype is the one to compute in.
+    empty(rows, columns, bias, dtype): the same layer, its tensors on the meta device;
     size(rows, columns): bytes of the stored weight.
     """
 
     encode: Callable[[Tensor, bool, torch.dtype], nn.Module]
+    empty: Callable[[int, int, bool, torch.dtype], nn.Module]
     size: Callable[[int, int], int]
 
 
 FORMATS: dict[Precision, Format | None] = {
     "bf16": None,  # as the checkpoint has it
-    "fp8": Format(fp8.encode, fp8.size),
-    "8bit": Format(int8.encode, int8.size),
-    "4bit": Format(nf4.encode, nf4.size),
+    "fp8": Format(fp8.encode, fp8.empty, fp8.size),
+    "8bit": Format(int8.encode, int8.empty, int8.size),
+    "4bit": Format(nf4.encode, nf4.empty, nf4.size),
 }

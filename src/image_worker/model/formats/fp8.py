@@ -35,6 +35,11 @@ def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa
     return Fp8Linear(weight)
 
 
+def empty(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> nn.Module:
+    """The same layer, its tensors on the meta device."""
+    return encode(torch.empty(rows, columns, dtype=dtype, device="meta"), bias, dtype)
+
+
 def size(rows: int, columns: int) -> int:
     """Bytes: one a value and four a row."""
     return rows * columns + 4 * rows

@@ -17,11 +17,23 @@ OUTLIER_THRESHOLD = 6.0  # LLM.int8(), section 3.2
 def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa: ARG001
     """A `Linear8bitLt` that holds `weight` (out, in), quantised on the device it is on."""
     from bitsandbytes.functional import int8_vectorwise_quant
+
+    values, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+    return _layer(values, scales, bias)
+
+
+def empty(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa: ARG001
+    """The same layer, its tensors on the meta device."""
+    values = torch.empty(rows, columns, dtype=torch.int8, device="meta")
+    return _layer(values, torch.empty(rows, dtype=torch.float32, device="meta"), bias)
+
+
+def _layer(values: Tensor, scales: Tensor, bias: bool) -> nn.Module:
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
     # It warns at every product of the cast to float16; an overflow is caught where it shows.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    rows, columns = weight.shape
+    rows, columns = values.shape
     layer = Linear8bitLt(
         columns,
         rows,
@@ -30,7 +42,6 @@ def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa
         threshold=OUTLIER_THRESHOLD,
         device="meta",
     )
-    values, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
     layer.weight = Int8Params(
         values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales
     )

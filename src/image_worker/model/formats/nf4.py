@@ -6,6 +6,8 @@ less for the transformer. Stored and multiplied by bitsandbytes (Dettmers et al.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,10 +17,59 @@ SCALE_BLOCK = 256
 
 def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:
     """A `Linear4bit` that holds `weight` (out, in), quantised on the device it is on."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn import Params4bit
 
     rows, columns = weight.shape
-    layer = Linear4bit(
+    layer = _layer(rows, columns, bias, dtype)
+    # `.to` quantises a Params4bit that is not quantised yet.
+    layer.weight = Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
+    ).to(weight.device)
+    layer.weight.module = None  # or the two keep each other alive when nobody needs them any more
+    return layer  # type: ignore[no-any-return]
+
+
+def empty(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> nn.Module:
+    """The same layer, its tensors on the meta device."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Params4bit
+
+    def meta(count: int, kind: torch.dtype) -> torch.Tensor:
+        return torch.empty(count, dtype=kind, device="meta")
+
+    blocks = -(-rows * columns // BLOCK)
+    scales = QuantState(
+        absmax=meta(-(-blocks // SCALE_BLOCK), torch.float32),
+        code=meta(256, torch.float32),
+        blocksize=SCALE_BLOCK,
+        dtype=torch.float32,
+    )
+    state = QuantState(
+        absmax=meta(blocks, torch.uint8),
+        shape=torch.Size((rows, columns)),
+        code=meta(16, torch.float32),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=torch.empty((), device="meta"),
+        state2=scales,
+    )
+    layer = _layer(rows, columns, bias, dtype)
+    layer.weight = Params4bit(
+        torch.empty(rows * columns // 2, 1, dtype=torch.uint8, device="meta"),
+        quant_state=state,
+        blocksize=BLOCK,
+        quant_type="nf4",
+        bnb_quantized=True,
+    )
+    layer.quant_state = state
+    return layer  # type: ignore[no-any-return]
+
+
+def _layer(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> Any:
+    from bitsandbytes.nn import Linear4bit
+
+    return Linear4bit(
         columns,
         rows,
         bias=bias,
@@ -27,12 +78,6 @@ def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:
         quant_type="nf4",
         device="meta",
     )
-    # `.to` quantises a Params4bit that is not quantised yet.
-    layer.weight = Params4bit(
-        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
-    ).to(weight.device)
-    layer.weight.module = None  # or the two keep each other alive when nobody needs them any more
-    return layer  # type: ignore[no-any-return]
 
 
 def size(rows: int, columns: int) -> int:

@@ -1,0 +1,137 @@
+"""A module's tensors as one run of bytes, the same on disk, on the host and on the card.
+
+A slot is a place that holds a tensor; a layout says where in the bytes each slot's tensor lies. To
+move a module is to copy its bytes and to fill its slots with views of the copy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 512  # bytes; as torch's own allocations on a card have it
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An attribute that holds a tensor of a module: a parameter, a buffer, or bitsandbytes' own."""
+
+    name: str
+    owner: Any
+    attribute: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """What it holds."""
+        held: Tensor = getattr(self.owner, self.attribute)
+        return held.detach()
+
+    def fill(self, tensor: Tensor) -> None:
+        """Has it hold `tensor`; a parameter is replaced by one of its kind, with all it knows."""
+        held = getattr(self.owner, self.attribute)
+        if isinstance(held, nn.Parameter):
+            known = held.__dict__
+            tensor = torch.Tensor._make_subclass(type(held), tensor, False)
+            tensor.__dict__.update(known)
+        setattr(self.owner, self.attribute, tensor)
+
+
+def slots(module: nn.Module) -> Iterator[Slot]:
+    """All of a module's, bitsandbytes' hidden ones included."""
+    for path, owner in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                yield Slot(prefix + name, owner, name)
+                yield from _of_state(prefix + name, getattr(parameter, "quant_state", None))
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                yield Slot(prefix + name, owner, name)
+        state = getattr(owner, "state", None)  # of a Linear8bitLt
+        if getattr(state, "CB", None) is not None:
+            yield from (Slot(f"{prefix}state.{name}", state, name) for name in ("CB", "SCB"))
+
+
+def _of_state(name: str, state: Any) -> Iterator[Slot]:
+    """Of a bitsandbytes `QuantState`, and of the one for its scales."""
+    if state is not None:
+        for attribute in ("absmax", "code", "offset"):
+            if getattr(state, attribute) is not None:
+                yield Slot(f"{name}.{attribute}", state, attribute)
+        yield from _of_state(f"{name}.nested", state.state2)
+
+
+def units(module: nn.Module, blocks: str | None) -> dict[str, list[Slot]]:
+    """The slots of each of the module's blocks, and the rest: what is moved as a whole.
+
+    blocks: the name of the list that the blocks are in.
+    """
+    found: dict[str, list[Slot]] = {}
+    numbered = re.compile(re.escape(blocks or "") + r"\.(\d+)\.")
+    for slot in slots(module):
+        match = numbered.match(slot.name) if blocks else None
+        unit = f"block-{int(match[1]):02d}" if match else "rest"
+        found.setdefault(unit, []).append(slot)
+    return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor among the bytes: it starts at byte `start`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    def of(self, memory: Tensor) -> Tensor:
+        """The tensor, a view of `memory` (bytes)."""
+        return memory[self.start : self.start + self.size].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tensors lie: `parts` in their order, and slots that hold the same tensor as another."""
+
+    parts: tuple[Part, ...]
+    aliases: Mapping[str, str]
+    size: int
+
+    @classmethod
+    def of(cls, slots: Iterable[Slot]) -> Layout:
+        """One after the other, each at a multiple of `ALIGNMENT`. Tensors on meta have none."""
+        parts: dict[tuple[int, int] | str, Part] = {}
+        aliases: dict[str, str] = {}
+        end = 0
+        for slot in slots:
+            tensor = slot.tensor
+            # bitsandbytes names some tensors twice. What is empty has no place.
+            place = (tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else slot.name
+            if place in parts:
+                aliases[slot.name] = parts[place].name
+                continue
+            parts[place] = Part(slot.name, tensor.dtype, tensor.shape, end)
+            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        return cls(tuple(parts.values()), aliases, end)
+
+    def pack(self, slots: Sequence[Slot], memory: Tensor) -> None:
+        """Copies what slots hold to `memory` (bytes, of this size)."""
+        tensors = {slot.name: slot.tensor for slot in slots}
+        for part in self.parts:
+            part.of(memory).copy_(tensors[part.name])
+
+    def fill(self, slots: Iterable[Slot], memory: Tensor) -> None:
+        """Slots hold views of `memory` (bytes, of this size)."""
+        views = {part.name: part.of(memory) for part in self.parts}
+        for slot in slots:
+            slot.fill(views[self.aliases.get(slot.name, slot.name)])

@@ -1,0 +1,277 @@
+"""Prepared checkpoints: weights as they are served, written once and read at the disk's speed.
+
+`MODEL_DIR/prepared/<key>/` holds safetensors files, one for each block and one for the rest of each
+component, and a manifest with their checksums. The key stands for everything that shapes the bytes.
+A folder appears whole or not at all: it is written under another name, and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from tqdm import tqdm
+
+from image_worker.errors import ModelMismatch
+from image_worker.model import tensor_file
+from image_worker.model.packed import Layout, Slot
+from image_worker.model.tensor_file import TensorFile
+
+log = logging.getLogger(__name__)
+
+CODE = 1  # to be raised whenever other bytes come of the same files
+CHUNK = 2**25  # bytes that share a checksum
+MANIFEST = "manifest.json"
+_LEASE_SECONDS = 60.0  # after which a writer that gave no sign of life counts as dead
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A file's size and its checksums (XXH3, 128 bits): of its header, then of each chunk."""
+
+    size: int
+    sums: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder that was written whole, and what its manifest says of its files.
+
+    chunk: bytes that share a checksum.
+    """
+
+    folder: Path
+    files: Mapping[str, FileFacts]
+    chunk: int
+
+    @classmethod
+    def find(cls, folder: Path) -> Prepared | None:
+        """None: there is no such folder.
+
+        Raises:
+            ModelMismatch: it is damaged.
+        """
+        path = folder / MANIFEST
+        try:
+            manifest = json.loads(path.read_bytes())
+            files = {
+                name: FileFacts(int(entry["size"]), tuple(entry["sums"]))
+                for name, entry in manifest["files"].items()
+            }
+            chunk = int(manifest["chunk"])
+        except FileNotFoundError:
+            if folder.exists():
+                raise ModelMismatch(f"{folder.name}/{MANIFEST} is missing") from None
+            return None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ModelMismatch(f"{folder.name}/{MANIFEST} is damaged") from error
+        return cls(folder, files, chunk)
+
+    def open(self, name: str) -> TensorFile:
+        """A file's header, checked.
+
+        Raises:
+            ModelMismatch: the file is missing, cut off or damaged; says which.
+        """
+        facts = self.files.get(name)
+        path = self.folder / name
+        try:
+            found = TensorFile.open(path)
+            with path.open("rb") as stream:
+                whole = facts and digest(stream.read(found.start)) == facts.sums[0]
+            if not whole:
+                raise ModelMismatch(f"{name} is not what was written")
+        except FileNotFoundError as error:
+            raise ModelMismatch(f"{name} is missing") from error
+        return found
+
+    def discard(self) -> None:
+        """Takes the folder away, at once for everybody else."""
+        discard(self.folder)
+
+
+def discard(folder: Path) -> None:
+    """Takes a folder away, at once for everybody else. Where that cannot be, it stays."""
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.damaged")
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        log.warning("%s could not be removed: %s", folder, error)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def key(facts: Mapping[str, Any]) -> str:
+    """What a folder of these facts is called: some of them, to be read, and a hash of all."""
+    text = json.dumps({"code": CODE, **facts}, sort_keys=True)
+    short = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return "-".join(
+        [*(str(facts[name]) for name in ("model", "precision") if name in facts), short]
+    )
+
+
+def facts_of_files(files: Iterable[Path]) -> list[list[Any]]:
+    """What tells files from others of the same names, without reading them.
+
+    Files of a Hugging Face cache are told apart by the commit in their path.
+    """
+    found = []
+    for file in files:
+        status = file.stat()
+        if "snapshots" in file.parts:
+            commit = file.parts[file.parts.index("snapshots") + 1]
+            found.append([commit, file.name, status.st_size])
+        else:
+            found.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
+    return found
+
+
+def digest(data: Any) -> str:
+    """The checksum of bytes."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def write(folder: Path, units: Mapping[str, Sequence[Slot]], made_of: Mapping[str, Any]) -> bool:
+    """Writes a prepared checkpoint, unless another process is at it.
+
+    units: what each file holds, by its name without ending. Returns whether it is there now.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lease = Lease(folder.with_name(f".{folder.name}.lease"))
+    if not lease.take():
+        log.info("another worker is writing %s", folder.name)
+        return False
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    try:
+        _remove_leftovers(folder)
+        layouts = {name: Layout.of(slots) for name, slots in units.items()}
+        _check_room(folder.parent, sum(layout.size for layout in layouts.values()))
+        files = {}
+        with _bar(layouts.values()) as bar:
+            for name, layout in layouts.items():
+                lease.renew()
+                memory = torch.zeros(layout.size, dtype=torch.uint8)
+                layout.pack(units[name], memory)
+                files[f"{name}.safetensors"] = _write_file(partial, name, layout, memory)
+                bar.update(layout.size)
+        manifest = {"code": CODE, "chunk": CHUNK, "made_of": made_of, "files": files}
+        _write_json(partial / MANIFEST, manifest)
+        for part in {partial, *(path.parent for path in partial.rglob("*"))}:
+            _sync(part)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / MANIFEST).exists():  # otherwise somebody was faster
+                raise
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        lease.release()
+    return True
+
+
+class Lease:
+    """A file that says: somebody is at it, and was alive lately.
+
+    It spares work done twice and guards nothing else: folders appear whole whoever writes them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def take(self) -> bool:
+        """Whether it is ours now: nobody had it, or its holder gave no sign for a minute."""
+        try:
+            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            if self._age() < _LEASE_SECONDS:
+                return False
+            self.renew()
+        return True
+
+    def renew(self) -> None:
+        """A sign of life."""
+        self._path.touch()
+
+    def release(self) -> None:
+        """Lets the next one have it."""
+        self._path.unlink(missing_ok=True)
+
+    def _age(self) -> float:
+        """Seconds since the last sign, by the clock of the volume, which need not be ours."""
+        probe = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex}")
+        try:
+            probe.touch()
+            return probe.stat().st_mtime - self._path.stat().st_mtime
+        except FileNotFoundError:  # released meanwhile
+            return _LEASE_SECONDS
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def _write_file(partial: Path, name: str, layout: Layout, memory: Tensor) -> dict[str, Any]:
+    path = partial / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    view, head = tensor_file.bytes_of(memory), tensor_file.header(layout)
+    sums = [digest(head)]
+    with path.open("wb") as stream:
+        stream.write(head)
+        for start in range(0, layout.size, CHUNK):
+            piece = view[start : start + CHUNK]
+            sums.append(digest(piece))
+            stream.write(piece)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"size": len(head) + layout.size, "sums": sums}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with path.open("w") as stream:
+        json.dump(content, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Names that were given in a folder outlive a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{needed / 2**30:.1f} GiB are needed in {folder}, and {free / 2**30:.1f} are free"
+        )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of writers that were killed."""
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        if left.suffix in (".partial", ".damaged"):
+            newest = max((path.stat().st_mtime for path in left.rglob("*")), default=0.0)
+            if time.time() - newest > _LEASE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _bar(layouts: Iterable[Layout]) -> Any:
+    total = sum(layout.size for layout in layouts)
+    return tqdm(total=total, desc="prepare", unit="B", unit_scale=True, disable=None)

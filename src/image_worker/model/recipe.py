@@ -1,0 +1,127 @@
+"""What is built, and how one component of it becomes what serves."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from image_worker.catalog import ModelEntry
+from image_worker.compute import Compute
+from image_worker.errors import InvalidSettings
+from image_worker.model import components, files, weights
+from image_worker.model.attention import Int8
+from image_worker.model.components import Component
+from image_worker.model.lora import Lora
+from image_worker.model.transformer import ROUND_TO, Transformer
+from image_worker.settings import Precision, Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is built, where from and in which type: everything but where it will lie.
+
+    loras: files to merge into the transformer; compute: what it multiplies weights in few bits in;
+    int8_attention: it attends in int8.
+    """
+
+    settings: Settings
+    entry: ModelEntry
+    folder: Path
+    loras: tuple[Path, ...]
+    device: torch.device
+    dtype: torch.dtype
+    compute: Compute = "bf16"
+    int8_attention: bool = False
+
+
+def read_component(
+    recipe: Recipe, component: Component, precision: Precision, *, whole: bool = False
+) -> nn.Module:
+    """A component as its library has it, with its weights, the transformer's LoRAs merged.
+
+    whole: with the layers that serve from disk, too.
+    """
+    folder = recipe.folder / component.name
+    module = component.empty(folder)
+    storage = component.storage(precision, recipe.settings, recipe.dtype)
+    if whole:
+        storage = dataclasses.replace(storage, on_disk=lambda _: False)
+    weights.load(
+        module,
+        files.weight_files(folder),
+        storage,
+        recipe.device,
+        rename=component.rename,
+        loras=[Lora.read(path) for path in recipe.loras]
+        if component is components.TRANSFORMER
+        else (),
+        label=component.name,
+    )
+    return module
+
+
+def as_served(recipe: Recipe, component: Component, module: Any) -> nn.Module:
+    """`module`, as its library has it, in the form that serves."""
+    if component is components.VAE:
+        module.fold()
+    if component is components.TRANSFORMER:
+        module = _served(recipe, module)
+    served: nn.Module = module.eval()
+    return served
+
+
+def _served(recipe: Recipe, source: Any) -> Transformer:
+    cache = keep_kernels(recipe.settings) if recipe.device.type == "cuda" else None
+    attention = None
+    if recipe.int8_attention:
+        try:
+            attention = Int8(recipe.device, cache)
+        except Exception as error:  # of CUDA's packages, which have no kind of their own
+            raise InvalidSettings(
+                f"attention in int8 does not run here ({error}); set ATTENTION=bf16 to go without"
+            ) from error
+    return Transformer(
+        source,
+        recipe.device,
+        recipe.dtype,
+        round_to=ROUND_TO[recipe.compute],
+        attention=attention,
+        read=modulation_layers(recipe),
+    )
+
+
+def modulation_layers(recipe: Recipe) -> weights.Layers:
+    """The layers that stay on disk."""
+    found = files.weight_files(recipe.folder / components.TRANSFORMER.name)
+    loras = [Lora.read(path, only=components.is_modulation) for path in recipe.loras]
+    return weights.Layers(found, loras, recipe.dtype)
+
+
+def keep_kernels(settings: Settings) -> Path | None:
+    """Has Triton keep compiled kernels beside the weights, where the next start finds them.
+
+    Returns the folder for kernels that are not Triton's, or None where nothing can be written.
+    """
+    import tempfile
+
+    import triton
+
+    folder = settings.model_dir / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        log.info("compiled kernels are not kept: %s", error)
+        return None
+    usual = Path.home() / ".triton" / "cache"
+    if Path(triton.knobs.cache.dir) == usual:  # nobody chose another one
+        triton.knobs.cache.dir = str(folder / "triton")
+    return folder / "cuda"

@@ -1,0 +1,109 @@
+"""A recipe's prepared weights: read where an earlier start left them, written where none did."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from image_worker.errors import ModelMismatch
+from image_worker.model import components, files, loader, prepared, weights
+from image_worker.model.components import Component
+from image_worker.model.packed import Slot, units
+from image_worker.model.prepared import Prepared
+from image_worker.model.recipe import Recipe, as_served
+from image_worker.model.transformer import Transformer
+from image_worker.settings import Precision
+
+log = logging.getLogger(__name__)
+
+_TABLES = "transformer/modulation"
+
+
+class Store:
+    """This recipe's prepared weights: read where they are there, written where they are not."""
+
+    def __init__(self, recipe: Recipe, precision: Precision) -> None:
+        self._recipe, self._precision = recipe, precision
+        wanted = recipe.settings.keep_prepared
+        self._wanted = wanted == "1" or (wanted == "auto" and recipe.device.type == "cuda")
+        self._facts = self._made_of()
+        self._folder = recipe.settings.model_dir / "prepared" / prepared.key(self._facts)
+        self._found = self._find() if self._wanted else None
+
+    @property
+    def is_to_write(self) -> bool:
+        """Whether there is none, and should be one."""
+        return self._wanted and self._found is None
+
+    def read(self, component: Component) -> nn.Module | None:
+        """A component as it is served; None: it is not there, or damaged, and then taken away."""
+        if self._found is None:
+            return None
+        recipe = self._recipe
+        module = component.empty(recipe.folder / component.name)
+        weights.empty(module, component.storage(self._precision, recipe.settings, recipe.dtype))
+        module = as_served(recipe, component, module)
+        try:
+            loader.load(self._found, _units(component, module), recipe.device)
+            if isinstance(module, Transformer) and f"{_TABLES}.safetensors" in self._found.files:
+                module.modulation.put(loader.tables(self._found, _TABLES, recipe.device))
+        except ModelMismatch as error:
+            log.warning("the prepared weights are damaged, and will be made again: %s", error)
+            self._found.discard()
+            self._found = None
+            return None
+        return module
+
+    def write(self, model: Any) -> None:
+        """Writes what is loaded. Where that cannot be, the model serves all the same."""
+        found: dict[str, list[Slot]] = {}
+        for component in components.ALL:
+            found |= _units(component, getattr(model, component.name))
+        made = model.transformer.modulation.tables()
+        if made:
+            held = {repr(level): _Held(table) for level, table in made.items()}
+            found[_TABLES] = [Slot(name, owner, "table") for name, owner in held.items()]
+        try:
+            prepared.write(self._folder, found, self._facts)
+        except OSError as error:
+            log.warning("prepared weights could not be kept in %s: %s", self._folder.parent, error)
+
+    def _find(self) -> Prepared | None:
+        try:
+            return Prepared.find(self._folder)
+        except ModelMismatch as error:
+            log.warning("the prepared weights are damaged, and will be made again: %s", error)
+            prepared.discard(self._folder)
+            return None
+
+    def _made_of(self) -> dict[str, Any]:
+        recipe = self._recipe
+        settings, folder = recipe.settings, recipe.folder
+        shards = [path for name in files.COMPONENTS for path in files.weight_files(folder / name)]
+        return {
+            "model": recipe.entry.name,
+            "precision": self._precision,
+            "files": prepared.facts_of_files(shards),
+            "loras": prepared.facts_of_files(recipe.loras),
+            "quantised": settings.quantize_components,
+            "numbers": str(recipe.dtype),
+            "products": recipe.compute,
+            "made on": recipe.device.type,
+        }
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One of modulation's tables, as a slot's owner."""
+
+    table: torch.Tensor
+
+
+def _units(component: Component, module: nn.Module) -> dict[str, list[Slot]]:
+    return {
+        f"{component.name}/{unit}": found for unit, found in units(module, component.blocks).items()
+    }

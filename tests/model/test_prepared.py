@@ -1,0 +1,264 @@
+"""Prepared weights: the same picture, whatever happens to the files or to who writes them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from image_worker.model import prepared
+from image_worker.model.packed import slots
+from image_worker.model.prepared import MANIFEST, Prepared
+from tests.conftest import MINI_FOLDER, build_mini
+from tests.worker_jobs import job
+
+KILLS = 50  # moments at which a writer is killed
+COMPONENTS = ("text_encoder", "transformer", "vae")
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: Any) -> None:
+    monkeypatch.setattr(prepared, "CHUNK", 20_000)
+
+
+def build(folder: Path, **variables: str) -> Any:
+    return build_mini(torch.bfloat16, model_dir=str(folder), keep_prepared="1", **variables)
+
+
+def folder_of(model_dir: Path) -> Path:
+    [found] = [path for path in (model_dir / "prepared").iterdir() if path.name[0] != "."]
+    return found
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same(model: Any, other: Any) -> None:
+    for name in COMPONENTS:
+        pairs = zip(slots(getattr(model, name)), slots(getattr(other, name)), strict=True)
+        for one, two in pairs:
+            assert one.name == two.name
+            assert torch.equal(one.tensor, two.tensor), f"{name}: {one.name}"
+
+
+def edit(**variables: str) -> tuple[str, Any]:
+    """A picture by a whole worker, and its model."""
+    from image_worker.settings import Settings
+    from image_worker.worker import Worker
+
+    env = {name.upper(): value for name, value in variables.items()}
+    worker = Worker.from_settings(Settings.from_env(env | {"MODEL": "mini"}))
+    reply = worker.run_blocking(job(seed=3))
+    worker.close()
+    return reply["images"][0], worker.model
+
+
+@pytest.mark.parametrize(
+    ("precision", "compute"),
+    [("bf16", "auto"), ("fp8", "fp8"), ("8bit", "auto"), ("4bit", "auto"), ("4bit", "int8")],
+)
+def test_the_second_start_makes_the_same_picture(
+    precision: str, compute: str, tmp_path: Path, caplog: Any
+) -> None:
+    variables = {
+        "precision_mode": precision,
+        "compute": compute,
+        "embed_metadata": "0",
+        "model_dir": str(tmp_path),
+    }
+    first, _ = edit(keep_prepared="1", **variables)
+    written = contents(folder_of(tmp_path))
+    second, model = edit(keep_prepared="1", **variables)
+    assert first == second
+    assert contents(folder_of(tmp_path)) == written
+    assert "damaged" not in caplog.text
+    steps = [step.name for step in model.cold_start.steps]
+    assert "prepare" not in steps
+    transformer = model.transformer
+    buffers = {slot.tensor.untyped_storage().data_ptr() for slot in slots(transformer.blocks[0])}
+    assert len(buffers) == 1, "a block is one run of bytes"
+
+
+def test_the_usual_schedules_modulation_is_there(tmp_path: Path, monkeypatch: Any) -> None:
+    edit(keep_prepared="1", model_dir=str(tmp_path))
+    from image_worker.model.weights import Layers
+
+    def read(*_: Any) -> Any:
+        raise AssertionError("a modulation layer was read")
+
+    monkeypatch.setattr(Layers, "__call__", read)
+    edit(keep_prepared="1", model_dir=str(tmp_path))
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+        return
+    if how == "cut off":
+        content = content[:-1]
+    else:
+        place = {"first": 20, "middle": len(content) // 2, "last": len(content) - 1}[how]
+        content[place] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["missing", "cut off", "first", "middle", "last"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer/block-03.safetensors",
+        "transformer/rest.safetensors",
+        "text_encoder/block-01.safetensors",
+        "vae/rest.safetensors",
+        MANIFEST,
+    ],
+)
+def test_damage_is_found_named_and_mended(name: str, how: str, tmp_path: Path, caplog: Any) -> None:
+    made = build(tmp_path)
+    folder = folder_of(tmp_path)
+    whole = contents(folder)
+    damage(folder / name, how)
+    if name == MANIFEST and how == "middle":
+        (folder / name).write_text("{")  # a flipped bit in it may spoil a checksum only
+    with caplog.at_level(logging.WARNING):
+        again = build(tmp_path)
+    assert_same(again, made)
+    assert name.rpartition("/")[2] in caplog.text
+    assert "will be made again" in caplog.text
+    assert contents(folder) == whole
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_what_shapes_the_bytes_shapes_the_key(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(MINI_FOLDER, copy)
+    variants: list[dict[str, str]] = [
+        {},
+        {"precision_mode": "4bit"},
+        {"precision_mode": "4bit", "compute": "int8"},
+        {"precision_mode": "4bit", "quantize_components": "text"},
+        {"lightning_steps": "4"},
+        {"use_lightning_lora": "0"},
+        {"model_id": str(copy)},
+    ]
+    for count, variables in enumerate(variants, start=1):
+        build(tmp_path, **variables)
+        assert len(list((tmp_path / "prepared").iterdir())) == count
+    os.utime(copy / "vae" / "diffusion_pytorch_model.safetensors")
+    build(tmp_path, model_id=str(copy))
+    assert len(list((tmp_path / "prepared").iterdir())) == len(variants) + 1
+
+
+def test_nothing_is_written_where_it_is_not_wanted(tmp_path: Path) -> None:
+    for wanted in ("0", "auto"):  # auto: only where there is a card
+        build_mini(torch.bfloat16, model_dir=str(tmp_path), keep_prepared=wanted)
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_a_volume_that_cannot_be_written_costs_no_start(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "prepared").write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING):
+        made = build(tmp_path)
+    assert "could not be kept" in caplog.text
+    assert_same(made, build_mini(torch.bfloat16))
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(prepared.shutil, "disk_usage", lambda _: usage)
+    with caplog.at_level(logging.WARNING):
+        build(tmp_path)
+    assert "GiB are needed" in caplog.text
+    assert not list((tmp_path / "prepared").iterdir())
+
+
+FULL_DISK = """
+set -e
+mount -t tmpfs -o size=2m none "$1"
+exec "$2" -c "$3" "$1"
+"""
+WRITER = """
+import logging, shutil, sys, torch
+from pathlib import Path
+from tests.conftest import build_mini
+from image_worker.model import prepared
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
+usage = shutil.disk_usage("/")._replace(free=2**40)
+prepared.shutil.disk_usage = lambda _: usage  # the room goes while it is written
+model = build_mini(torch.bfloat16, model_dir=sys.argv[1], keep_prepared="1")
+print("left:", [path.name for path in Path(sys.argv[1], "prepared").iterdir()])
+"""
+
+
+def test_a_disk_that_fills_up(tmp_path: Path) -> None:
+    command = ["unshare", "-rm", "bash", "-c", FULL_DISK, "bash", str(tmp_path)]
+    if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no small disk can be mounted here")
+    done = subprocess.run(
+        [*command, sys.executable, WRITER], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "could not be kept" in done.stdout and "No space left" in done.stdout
+    assert "left: []" in done.stdout
+
+
+def start(model_dir: Path, wait: float = 0.0) -> int:
+    """A process that starts a worker, forked, since importing torch takes longer than starting."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        time.sleep(wait)
+        build(model_dir)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def test_a_writer_that_is_killed_harms_nobody(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(prepared, "_LEASE_SECONDS", 0.0)  # the killed one's lease is over
+    expected = build_mini(torch.bfloat16)
+    begin = time.perf_counter()
+    assert os.waitpid(start(tmp_path), 0)[1] == 0
+    takes = time.perf_counter() - begin
+    chance, killed = random.Random(0), 0
+    for number in range(KILLS):
+        shutil.rmtree(tmp_path / "prepared", ignore_errors=True)
+        child = start(tmp_path)
+        time.sleep(chance.uniform(0.3, 1.1) * takes)
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+        if number % 10 == 0:  # the others are checked by what they left
+            assert_same(build(tmp_path), expected)
+        for folder in (tmp_path / "prepared").glob("[!.]*"):
+            found = Prepared.find(folder)
+            assert found and all((folder / name).exists() for name in found.files)
+    assert killed > KILLS // 3
+    assert_same(build(tmp_path), expected)
+    assert [path.name[0] for path in (tmp_path / "prepared").iterdir()] == ["m"]
+
+
+def test_two_that_start_at_once(tmp_path: Path) -> None:
+    children = [start(tmp_path) for _ in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    folder = folder_of(tmp_path)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["made_of"]["precision"] == "bf16"
+    assert_same(build(tmp_path), build_mini(torch.bfloat16))
