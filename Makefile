@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests tools handler.py
 
-.PHONY: run test check format test-gpu bench bench-forward bench-job bench-memory bench-quality bench-load bench-loop-lag bench-throughput miniature image clean
+.PHONY: run test check format test-gpu bench bench-forward bench-job bench-cold-start bench-memory bench-quality bench-load bench-loop-lag bench-throughput miniature image clean
 
 run: $(VENV)/run.stamp  ## set up, and edit one picture (on the miniature where there is no GPU)
 	$(BIN)/python handler.py --test_input "$$(cat test_input.json)"
@@ -35,6 +35,9 @@ bench-forward: $(VENV)/dev.stamp  ## one forward of the transformer, by precisio
 
 bench-job: $(VENV)/dev.stamp  ## a whole job, JSON in to PNG out, by stage
 	$(BIN)/python -m image_worker.bench.whole_job bench-checkpoint --precisions 4bit fp8 --json bench-job.json
+
+bench-cold-start: $(VENV)/dev.stamp  ## from a process' start to its first picture, ours and stock
+	$(BIN)/python -m image_worker.bench.cold_start bench-checkpoint
 
 bench-memory: $(VENV)/dev.stamp  ## cold start, memory and speed by PRECISION_MODE, CPU_OFFLOAD and GPU_MAX_GIB
 	$(BIN)/python -m image_worker.bench.full_size bench-checkpoint

@@ -114,10 +114,9 @@ def run(folder: Path, configuration: dict[str, str]) -> dict[str, Any]:
 
 def measure() -> None:
     """In the child: cold start, a first job, two more; prints one line of JSON."""
-    import resource
-
     import torch
 
+    from image_worker.model.cold_start import host_peak_gib
     from image_worker.model.placement import GIB
     from image_worker.settings import Settings
     from image_worker.worker import Worker
@@ -143,7 +142,7 @@ def measure() -> None:
         "weights_vram": torch.cuda.memory_allocated() / GIB,
         "peak_vram": torch.cuda.max_memory_reserved() / GIB,
         "peak_allocated": torch.cuda.max_memory_allocated() / GIB,
-        "peak_host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_host": host_peak_gib(),
         "first_job": jobs[0]["total"],
         "job": last["total"],
         "encode": last["encode"],

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
 from image_worker.edit import sizes
 from image_worker.edit.batching import Length
+from image_worker.edit.latents import statistics
 from image_worker.errors import InvalidRequest
 from image_worker.model.build import Model
 from image_worker.model.placement import TILE_SIDE
 from image_worker.model.transformer import Shape
-from image_worker.model.vae import statistics
 
 MAX_PROMPT_TOKENS = 1024
 _IMAGE_PAD = "<|image_pad|>"
@@ -164,6 +163,8 @@ def check_prompt(model: Model, prompt: str, field: str) -> None:
 
 def as_reference(model: Model, image: Image.Image) -> Reference:
     """Reduces an RGB picture; may be called from any thread."""
+    from diffusers.image_processor import VaeImageProcessor  # not while the model is being loaded
+
     processor = VaeImageProcessor(vae_scale_factor=sizes.TOKEN)
     ratio = image.width / image.height
     width, height = sizes.fit_area(model.entry.area, ratio)

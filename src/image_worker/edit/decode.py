@@ -9,10 +9,10 @@ from torch.nn import functional
 
 from image_worker.edit.conditions import tiles_where_needed, unpack
 from image_worker.edit.denoise import Picture
+from image_worker.edit.latents import statistics
 from image_worker.edit.sizes import TOKEN
 from image_worker.errors import BrokenPicture
 from image_worker.model.build import Model
-from image_worker.model.vae import statistics
 
 _PREVIEW_SIDE = 32  # latents; 256 pixels
 

@@ -2,7 +2,9 @@
 
 settings → Recipe → Plan → text encoder → transformer (+ Lightning, merged) → VAE → first edit
 
-Weights come from the checkpoint's own files, or from those that an earlier start prepared.
+Weights come from the checkpoint's own files, or from those that an earlier start prepared. Those
+are read while diffusers and transformers are imported, which takes seconds: nothing on the way to
+that point imports them, here or in modules that this one imports.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
 from image_worker.catalog import LIGHTNING_SAMPLER, ModelEntry, Sampler
 from image_worker.compute import LEAST, POSSIBLE, Compute, automatic, possible
@@ -100,8 +101,11 @@ def build(
     )
 
     def start(decided: Plan) -> Model:
-        store = Store(recipe, decided.precision)
-        model = _load(recipe, store, decided, sizes[decided.precision], cold_start)
+        store = Store(recipe, decided)
+        try:
+            model = _load(recipe, store, decided, sizes[decided.precision], cold_start)
+        finally:
+            store.close()
         if first_edit is not None:
             with cold_start.step("first edit"):
                 first_edit(model)
@@ -130,6 +134,8 @@ def build(
 def _load(
     recipe: Recipe, store: Store, decided: Plan, sizes: Sizes, cold_start: ColdStart
 ) -> Model:
+    from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
+
     entry, folder, settings = recipe.entry, recipe.folder, recipe.settings
     lightning = settings.use_lightning_lora
     placement = Placement(recipe.device, offload=decided.offload == "model")

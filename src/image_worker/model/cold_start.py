@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -47,17 +47,21 @@ class ColdStart:
 
     def finish(self) -> None:
         """Notes the peaks."""
-        self.peak_host_gib = round(_host_peak_gib(), 2)
+        self.peak_host_gib = round(host_peak_gib(), 2)
         if torch.cuda.is_available():
             self.peak_vram_gib = round(torch.cuda.max_memory_reserved() / _GIB, 2)
 
 
-def _host_peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+def host_peak_gib() -> float:
+    """The most memory that this process had; not its parent's, which getrusage counts in."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**20  # KiB
+    return 0.0
 
 
 def _memory_line() -> str:
-    line = f"host peak {_host_peak_gib():.1f} GiB"
+    line = f"host peak {host_peak_gib():.1f} GiB"
     if torch.cuda.is_available():
         line += f", card {torch.cuda.memory_allocated() / _GIB:.1f} GiB"
     return line

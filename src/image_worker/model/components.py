@@ -1,7 +1,8 @@
 """The three components of a checkpoint: class, tensor names, and which layers are quantised.
 
 Left in full precision is what is small and feels rounding most: input and output layers, the
-vision tower, the VAE. The transformer's modulation is, too, and stays off the card.
+vision tower, the VAE. The transformer's modulation is, too, and stays off the card. Libraries are
+imported when a module is made, not before (`build.py` says why).
 """
 
 from __future__ import annotations
@@ -12,17 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import QwenImageTransformer2DModel
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from image_worker.catalog import ModelEntry
 from image_worker.errors import ModelMismatch
 from image_worker.model import files, weights
 from image_worker.model.formats import FORMATS
 from image_worker.model.placement import Shape, Sizes
-from image_worker.model.vae import PictureVae
 from image_worker.settings import Precision, Settings
 
 
@@ -67,19 +64,28 @@ def text_encoder_name(name: str) -> str | None:
 
 
 def _empty_text_encoder(folder: Path) -> nn.Module:
-    config = Qwen2_5_VLConfig.from_pretrained(folder)
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+    return _on_meta(lambda: Qwen2_5_VLModel(Qwen2_5_VLConfig.from_pretrained(folder)))
+
+
+def _empty_transformer(folder: Path) -> nn.Module:
+    from diffusers import QwenImageTransformer2DModel as Kind
+
+    return _on_meta(lambda: Kind.from_config(Kind.load_config(folder)))
+
+
+def _empty_vae(folder: Path) -> nn.Module:
+    from image_worker.model.vae import PictureVae as Kind
+
+    return _on_meta(lambda: Kind.from_config(Kind.load_config(folder)))
+
+
+def _on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    from accelerate import init_empty_weights
+
     with init_empty_weights(include_buffers=False):
-        module: nn.Module = Qwen2_5_VLModel(config)
-    return module
-
-
-def _empty_diffusers(kind: Any) -> Callable[[Path], nn.Module]:
-    def empty(folder: Path) -> nn.Module:
-        with init_empty_weights(include_buffers=False):
-            module: nn.Module = kind.from_config(kind.load_config(folder))
-        return module
-
-    return empty
+        return make()
 
 
 def is_modulation(path: str) -> bool:
@@ -98,12 +104,12 @@ TEXT_ENCODER = Component(
 TRANSFORMER = Component(
     "transformer",
     kind="QwenImageTransformer2DModel",
-    empty=_empty_diffusers(QwenImageTransformer2DModel),
+    empty=_empty_transformer,
     quantised=lambda path: path.startswith("transformer_blocks.") and not is_modulation(path),
     on_disk=is_modulation,
     blocks="blocks",
 )
-VAE = Component("vae", kind="AutoencoderKLQwenImage", empty=_empty_diffusers(PictureVae))
+VAE = Component("vae", kind="AutoencoderKLQwenImage", empty=_empty_vae)
 ALL = (TEXT_ENCODER, TRANSFORMER, VAE)
 
 

@@ -2,15 +2,16 @@
 
 Several threads read pieces of files into pinned memory of their own, checksum them and copy them to
 the card, each on its own stream: so reading, checking and copying overlap, and no file is ever in
-the host's memory as a whole.
+the host's memory as a whole. It all goes on while its user does something else, such as importing
+the libraries that the weights are for.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,76 @@ from image_worker.model.tensor_file import TensorFile, bytes_of, read_into
 _THREADS = 8
 
 
+class Reading:
+    """Files of a prepared checkpoint on their way to a device."""
+
+    def __init__(self, prepared: Prepared, names: Iterable[str], device: torch.device) -> None:
+        """Begins. names: of files, without their ending, in the order in which they are needed.
+
+        Raises:
+            ModelMismatch: a file is missing or its header damaged; says which.
+        """
+        self._device, self._own = device, threading.local()
+        self._files = {name: prepared.open(f"{name}.safetensors") for name in names}
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # the memory that is filled may be in use still
+        self._memory = {
+            name: torch.empty(file.layout.size, dtype=torch.uint8, device=device)
+            for name, file in self._files.items()
+        }
+        total = sum(file.layout.size for file in self._files.values())
+        self._bar = tqdm(total=total, desc="load", unit="B", unit_scale=True, disable=None)
+        self._threads = ThreadPoolExecutor(_THREADS)
+        self._work = {name: self._begin(prepared, name) for name in self._files}
+
+    def fill(self, units: Mapping[str, Sequence[Slot]]) -> None:
+        """Fills the slots of each unit, named as its file, with views of one run of bytes.
+
+        Raises:
+            ModelMismatch: a file is damaged or holds other tensors; says which.
+        """
+        for name, slots in units.items():
+            file = self._files.get(name)
+            if file is None:
+                raise ModelMismatch(f"{name}.safetensors is missing")
+            _check_names(name, file, slots)
+            file.layout.fill(slots, self._whole(name))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All tensors of a file by their names.
+
+        Raises:
+            ModelMismatch: it is damaged.
+        """
+        memory = self._whole(name)
+        return {part.name: part.of(memory) for part in self._files[name].layout.parts}
+
+    def close(self) -> None:
+        """Ends it, also where it is not done."""
+        self._threads.shutdown(cancel_futures=True)
+        self._bar.close()
+        self._memory.clear()
+
+    def _whole(self, name: str) -> Tensor:
+        for piece in self._work[name]:
+            piece.result()
+        return self._memory[name]
+
+    def _begin(self, prepared: Prepared, name: str) -> list[Future[None]]:
+        facts = prepared.files[f"{name}.safetensors"]
+        file, memory = self._files[name], self._memory[name]
+        work = []
+        for number, start in enumerate(range(0, len(memory), prepared.chunk)):
+            part = memory[start : start + prepared.chunk]
+            piece = _Piece(file, name, file.start + start, facts.sums[1 + number], part)
+            work.append(self._threads.submit(self._read, piece))
+        return work
+
+    def _read(self, piece: _Piece) -> None:
+        _read_piece(piece, self._device, self._own)
+        self._bar.update(len(piece.memory))
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Bytes of a file, from `start` on, their checksum, and where they belong."""
@@ -37,71 +108,12 @@ class _Piece:
     memory: Tensor
 
 
-def load(prepared: Prepared, units: Mapping[str, Sequence[Slot]], device: torch.device) -> None:
-    """Fills the slots of each unit, named as its file, with views of one run of bytes on `device`.
-
-    Raises:
-        ModelMismatch: a file is missing or damaged, or holds other tensors; says which.
-    """
-    files = {name: prepared.open(f"{name}.safetensors") for name in units}
-    for name, slots in units.items():
-        _check_names(name, files[name], slots)
-    if device.type == "cuda":
-        torch.cuda.synchronize()  # the memory that is filled may be in use still
-    memories = {
-        name: torch.empty(file.layout.size, dtype=torch.uint8, device=device)
-        for name, file in files.items()
-    }
-    pieces = [piece for name in units for piece in _pieces(prepared, name, files[name], memories)]
-    _read(pieces, device)
-    for name, slots in units.items():
-        files[name].layout.fill(slots, memories[name])
-
-
-def tables(prepared: Prepared, name: str, device: torch.device) -> dict[float, Tensor]:
-    """Modulation's tables by their timestep, which is the tensor's name.
-
-    Raises:
-        ModelMismatch: the file is missing or damaged.
-    """
-    file = prepared.open(f"{name}.safetensors")
-    memory = torch.empty(file.layout.size, dtype=torch.uint8, device=device)
-    _read(list(_pieces(prepared, name, file, {name: memory})), device)
-    return {float(part.name): part.of(memory) for part in file.layout.parts}
-
-
 def _check_names(name: str, file: TensorFile, slots: Sequence[Slot]) -> None:
     there = {part.name for part in file.layout.parts} | file.layout.aliases.keys()
     wanted = {slot.name for slot in slots}
     if there != wanted:
         first = min(there ^ wanted)
         raise ModelMismatch(f"{name}.safetensors holds other tensors than the model: {first}")
-
-
-def _pieces(
-    prepared: Prepared, name: str, file: TensorFile, memories: Mapping[str, Tensor]
-) -> Iterator[_Piece]:
-    facts, memory = prepared.files[f"{name}.safetensors"], memories[name]
-    for number, start in enumerate(range(0, len(memory), prepared.chunk)):
-        piece = memory[start : start + prepared.chunk]
-        yield _Piece(file, name, file.start + start, facts.sums[1 + number], piece)
-
-
-def _read(pieces: Sequence[_Piece], device: torch.device) -> None:
-    own = threading.local()
-    total = sum(len(piece.memory) for piece in pieces)
-    with (
-        tqdm(total=total, desc="load", unit="B", unit_scale=True, disable=None) as bar,
-        ThreadPoolExecutor(_THREADS) as threads,
-    ):
-        work = [threads.submit(_read_piece, piece, device, own) for piece in pieces]
-        try:
-            for done, piece in zip(work, pieces, strict=True):
-                done.result()
-                bar.update(len(piece.memory))
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
 
 
 def _read_piece(piece: _Piece, device: torch.device, own: Any) -> None:

@@ -7,6 +7,7 @@ stock module would run at every step. The layers themselves stay where they are:
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,7 +80,9 @@ class Modulation:
         """In one pass over the layers."""
         if not levels:
             return {}
-        embedded = [self._embedding(level) for level in levels]
+        # The transformer may be off the card just now, and these few layers with it.
+        embed = copy.deepcopy(self._embed).to(self._device)
+        embedded = [self._embedding(embed, level) for level in levels]
         parts: list[list[Tensor]] = [[] for _ in levels]
         for layer in self._each_layer():
             weight, bias = (tensor.to(self._device, self._dtype) for tensor in layer)
@@ -117,8 +120,8 @@ class Modulation:
     def _table(self, level: float) -> Tensor:
         return self.prepare([level])[0]
 
-    def _embedding(self, level: float) -> Tensor:
+    def _embedding(self, embed: Any, level: float) -> Tensor:
         """(1, width), of a timestep that is rounded as 0..1000, as in the stock pipeline."""
         timestep = torch.tensor([1000 * level], device=self._device).to(self._dtype) / 1000
         like = torch.empty(0, device=self._device, dtype=self._dtype)
-        return functional.silu(self._embed(timestep, like))
+        return functional.silu(embed(timestep, like))

@@ -97,10 +97,6 @@ class Prepared:
             raise ModelMismatch(f"{name} is missing") from error
         return found
 
-    def discard(self) -> None:
-        """Takes the folder away, at once for everybody else."""
-        discard(self.folder)
-
 
 def discard(folder: Path) -> None:
     """Takes a folder away, at once for everybody else. Where that cannot be, it stays."""

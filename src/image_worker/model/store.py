@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from torch import nn
 
 from image_worker.errors import ModelMismatch
-from image_worker.model import components, files, loader, prepared, weights
+from image_worker.model import components, files, prepared, weights
 from image_worker.model.components import Component
+from image_worker.model.loader import Reading
 from image_worker.model.packed import Slot, units
+from image_worker.model.placement import Plan
 from image_worker.model.prepared import Prepared
 from image_worker.model.recipe import Recipe, as_served
 from image_worker.model.transformer import Transformer
-from image_worker.settings import Precision
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +28,18 @@ _TABLES = "transformer/modulation"
 class Store:
     """This recipe's prepared weights: read where they are there, written where they are not."""
 
-    def __init__(self, recipe: Recipe, precision: Precision) -> None:
-        self._recipe, self._precision = recipe, precision
+    def __init__(self, recipe: Recipe, decided: Plan) -> None:
+        """Begins to read them. With offload that is done component by component."""
+        self._recipe, self._precision = recipe, decided.precision
+        self._together = decided.offload == "none"
+        self._reading: Reading | None = None
         wanted = recipe.settings.keep_prepared
         self._wanted = wanted == "1" or (wanted == "auto" and recipe.device.type == "cuda")
         self._facts = self._made_of()
         self._folder = recipe.settings.model_dir / "prepared" / prepared.key(self._facts)
         self._found = self._find() if self._wanted else None
+        if self._together:
+            self._begin(components.ALL)
 
     @property
     def is_to_write(self) -> bool:
@@ -41,22 +48,29 @@ class Store:
 
     def read(self, component: Component) -> nn.Module | None:
         """A component as it is served; None: it is not there, or damaged, and then taken away."""
-        if self._found is None:
+        if not self._together:
+            self._begin([component])
+        if self._reading is None:
             return None
         recipe = self._recipe
         module = component.empty(recipe.folder / component.name)
         weights.empty(module, component.storage(self._precision, recipe.settings, recipe.dtype))
         module = as_served(recipe, component, module)
         try:
-            loader.load(self._found, _units(component, module), recipe.device)
-            if isinstance(module, Transformer) and f"{_TABLES}.safetensors" in self._found.files:
-                module.modulation.put(loader.tables(self._found, _TABLES, recipe.device))
+            self._reading.fill(_units(component, module))
+            if isinstance(module, Transformer) and self._has_tables:
+                tables = self._reading.tensors(_TABLES)
+                module.modulation.put({float(name): table for name, table in tables.items()})
         except ModelMismatch as error:
-            log.warning("the prepared weights are damaged, and will be made again: %s", error)
-            self._found.discard()
-            self._found = None
+            self._discard(error)
             return None
         return module
+
+    def close(self) -> None:
+        """When everything is read."""
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
 
     def write(self, model: Any) -> None:
         """Writes what is loaded. Where that cannot be, the model serves all the same."""
@@ -76,9 +90,30 @@ class Store:
         try:
             return Prepared.find(self._folder)
         except ModelMismatch as error:
-            log.warning("the prepared weights are damaged, and will be made again: %s", error)
-            prepared.discard(self._folder)
+            self._discard(error)
             return None
+
+    def _begin(self, wanted: Sequence[Component]) -> None:
+        """To read these components, if they are there."""
+        self.close()
+        if self._found is None:
+            return
+        named = [name.removesuffix(".safetensors") for name in self._found.files]
+        names = [name for one in wanted for name in named if name.startswith(f"{one.name}/")]
+        try:
+            self._reading = Reading(self._found, names, self._recipe.device)
+        except ModelMismatch as error:
+            self._discard(error)
+
+    def _discard(self, error: ModelMismatch) -> None:
+        log.warning("the prepared weights are damaged, and will be made again: %s", error)
+        self.close()
+        self._found = None
+        prepared.discard(self._folder)
+
+    @property
+    def _has_tables(self) -> bool:
+        return self._found is not None and f"{_TABLES}.safetensors" in self._found.files
 
     def _made_of(self) -> dict[str, Any]:
         recipe = self._recipe

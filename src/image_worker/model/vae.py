@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
     QwenImageCausalConv3d,
@@ -50,12 +49,3 @@ class _PictureConv(nn.Module):
         """x: (batch, channels, 1, height, width)."""
         y = functional.conv2d(x.squeeze(2), self.weight, self.bias, self.stride, self.padding)
         return y.unsqueeze(2)
-
-
-def statistics(vae: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents, each (1, channels, 1, 1, 1)."""
-    mean, deviation = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(device, dtype)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return mean, deviation
