@@ -51,6 +51,12 @@ class Settings(BaseSettings):
         "start reads them; auto does where there is a card",
     )
     local_only: bool = Field(False, description="never download")
+    download_timeout: int = Field(
+        300,
+        ge=1,
+        le=86_400,
+        description="how long downloads are tried without a byte arriving, in seconds",
+    )
     precision_mode: Literal["auto", "bf16", "fp8", "8bit", "4bit"] = Field(
         "auto", description="how weights are stored on the card; auto picks by free memory"
     )

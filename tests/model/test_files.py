@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.hf_api import RepoFile
 
 from image_worker.catalog import CATALOG, HubFile
 from image_worker.errors import InvalidSettings, ModelMismatch, ModelUnavailable
@@ -60,20 +61,47 @@ def test_local_only_never_downloads(tmp_path: Path) -> None:
         files.find_adapter(ENTRY.lightning[8], settings(model_dir=tmp_path, local_only=1))
 
 
-def test_a_failed_download_is_explained(tmp_path: Path, monkeypatch: Any) -> None:
-    asked: list[dict[str, Any]] = []
+class NoSnapshot:
+    """Stands in for what would ask the hub, and notes what it is made of."""
 
-    def fail(repo: str, **options: Any) -> str:
-        asked.append(options | {"repo": repo})
-        raise LocalEntryNotFoundError("no connection")
+    asked: ClassVar[list[tuple[str, str, Path, float]]] = []
+    paths: ClassVar[list[str]] = ["transformer/config.json", "README.md"]
 
-    monkeypatch.setattr(files, "snapshot_download", fail)
-    with pytest.raises(ModelUnavailable, match="could not be downloaded") as caught:
-        files.find_model(ENTRY, settings(model_dir=tmp_path / "new"))
-    assert ENTRY.repo in str(caught.value)
-    assert asked[-1]["revision"] == ENTRY.revision
-    assert asked[-1]["local_files_only"] is False
-    assert "transformer/*" in asked[-1]["allow_patterns"]
+    def __init__(self, repo: str, revision: str, cache: Path, timeout: float) -> None:
+        self.asked.append((repo, revision, cache, timeout))
+
+    def fetch(self, paths: Iterable[str]) -> Path:
+        fetched = list(paths)
+        if "README.md" in fetched:
+            raise ModelUnavailable("README.md could not be downloaded")
+        return MINI_FOLDER
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Path, float]]:
+    monkeypatch.setattr(files, "Snapshot", NoSnapshot)
+    NoSnapshot.asked.clear()
+    return NoSnapshot.asked
+
+
+def test_what_is_in_no_cache_is_downloaded(asked: list[Any], tmp_path: Path) -> None:
+    given = settings(model_dir=tmp_path / "new", download_timeout=7)
+    assert files.find_model(ENTRY, given) == MINI_FOLDER
+    assert asked == [(ENTRY.repo, ENTRY.revision, tmp_path / "new", 7)]
+
+
+def test_a_list_of_files_in_the_cache_is_compared_with_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = put_in_cache(tmp_path, ENTRY.repo, ENTRY.revision)
+    paths = [*(str(p.relative_to(folder)) for p in folder.rglob("*.*")), "vae/model.bin"]
+    listed = [RepoFile(path=path, size=1, oid="") for path in paths]
+    monkeypatch.setattr(files, "get_cached_repo_tree", lambda *_, **__: listed)
+    given = settings(model_dir=tmp_path, local_only=1)
+    assert files.find_model(ENTRY, given) == folder
+    (folder / "tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelUnavailable, match="LOCAL_ONLY=1"):
+        files.find_model(ENTRY, given)
 
 
 def test_a_model_folder_in_model_dir_is_ambiguous(tmp_path: Path) -> None:
@@ -83,19 +111,16 @@ def test_a_model_folder_in_model_dir_is_ambiguous(tmp_path: Path) -> None:
 
 
 def test_another_repo_is_not_asked_for_the_catalogues_commit(
-    tmp_path: Path, monkeypatch: Any
+    tmp_path: Path, asked: list[Any]
 ) -> None:
-    asked: list[str] = []
-
-    def note(repo: str, *, revision: str, **_: Any) -> str:
-        asked.append(f"{repo}@{revision}")
-        return str(MINI_FOLDER)
-
-    monkeypatch.setattr(files, "snapshot_download", note)
     files.find_model(ENTRY, settings(model_dir=tmp_path, model_id="me/mine"))
     files.find_model(ENTRY, settings(model_dir=tmp_path, model_id="me/mine", model_revision="v2"))
     files.find_model(ENTRY, settings(model_dir=tmp_path, model_revision="v3"))
-    assert asked == ["me/mine@main", "me/mine@v2", f"{ENTRY.repo}@v3"]
+    assert [(repo, revision) for repo, revision, *_ in asked] == [
+        ("me/mine", "main"),
+        ("me/mine", "v2"),
+        (ENTRY.repo, "v3"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "tokenizer", "scheduler", "processor"])
@@ -163,22 +188,10 @@ def test_another_revision_in_the_cache_is_named(
     assert "0123abcd" in caplog.text
 
 
-def test_an_adapter_is_asked_for_by_its_commit(tmp_path: Path, monkeypatch: Any) -> None:
-    asked: list[dict[str, Any]] = []
-
-    def note(repo: str, path: str, **options: Any) -> str:
-        asked.append({"repo": repo, "path": path, **options})
-        return "there"
-
-    monkeypatch.setattr(files, "hf_hub_download", note)
+def test_an_adapter_is_asked_for_by_its_commit(tmp_path: Path, asked: list[Any]) -> None:
     file = ENTRY.lightning[4]
-    assert files.find_adapter(file, settings(model_dir=tmp_path)) == Path("there")
-    found = asked[-1]
-    assert (found["repo"], found["path"], found["revision"]) == (
-        file.repo,
-        file.path,
-        file.revision,
-    )
+    assert files.find_adapter(file, settings(model_dir=tmp_path)) == MINI_FOLDER / file.path
+    assert asked[-1][:2] == (file.repo, file.revision)
 
 
 def test_a_missing_adapter_is_refused() -> None:

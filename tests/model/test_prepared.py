@@ -9,6 +9,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -278,3 +280,13 @@ def test_two_that_start_at_once(tmp_path: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["made_of"]["precision"] == "bf16"
     assert_same(build(tmp_path), build_mini(torch.bfloat16))
+
+
+def test_nothing_slow_is_imported_before_weights_are_read() -> None:
+    slow = ("diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "triton")
+    program = f"""
+import image_worker.worker, sys
+sys.exit(' '.join(name for name in {slow} if name in sys.modules) or None)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()

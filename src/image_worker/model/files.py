@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_download
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
 from image_worker.catalog import HubFile, ModelEntry
 from image_worker.errors import InvalidSettings, ModelMismatch, ModelUnavailable
+from image_worker.model import selection
+from image_worker.model.download import Snapshot
 from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -50,18 +52,22 @@ def find_model(entry: ModelEntry, settings: Settings) -> Path:
     revision = settings.model_revision or ("main" if settings.model_id else entry.revision)
     patterns = [f"{folder}/*" for folder in _folders(entry)]
 
-    def fetch(cache: Path, local: bool) -> Path:
-        folder = snapshot_download(
-            repo,
-            revision=revision,
-            cache_dir=cache,
-            allow_patterns=patterns,
-            ignore_patterns=["*.bin", "*.msgpack", "*.h5"],
-            local_files_only=local,
+    def in_cache(cache: Path) -> Path:
+        # Patterns would ask for all that match them, also for what is not needed.
+        found = snapshot_download(
+            repo, revision=revision, cache_dir=cache, allow_patterns=[], local_files_only=True
         )
-        return _complete(Path(folder), entry)
+        _check_listing(repo, revision, cache, patterns, Path(found))
+        return _complete(Path(found), entry)
 
-    return _first_place(f"{repo}@{revision}", settings, fetch)
+    def download() -> Path:
+        snapshot = Snapshot(repo, revision, settings.model_dir, settings.download_timeout)
+        paths = selection.needed(snapshot.paths, patterns)
+        found = snapshot.fetch(path for path in paths if path.endswith(selection.INDEX))
+        paths = selection.without_other_weights(paths, _indices(found, paths))
+        return _complete(snapshot.fetch(paths), entry)
+
+    return _first_place(f"{repo}@{revision}", settings, in_cache, download)
 
 
 def find_adapter(file: HubFile, settings: Settings) -> Path:
@@ -76,18 +82,18 @@ def find_adapter(file: HubFile, settings: Settings) -> Path:
             raise ModelUnavailable(f"the adapter file {file.path} is missing")
         return path
 
-    def fetch(cache: Path, local: bool) -> Path:
-        return Path(
-            hf_hub_download(
-                file.repo,
-                file.path,
-                revision=file.revision,
-                cache_dir=cache,
-                local_files_only=local,
-            )
+    def in_cache(cache: Path) -> Path:
+        path = hf_hub_download(
+            file.repo, file.path, revision=file.revision, cache_dir=cache, local_files_only=True
         )
+        return Path(path)
 
-    return _first_place(f"{file.repo}/{file.path}@{file.revision}", settings, fetch)
+    def download() -> Path:
+        snapshot = Snapshot(file.repo, file.revision, settings.model_dir, settings.download_timeout)
+        return snapshot.fetch([file.path]) / file.path
+
+    name = f"{file.repo}/{file.path}@{file.revision}"
+    return _first_place(name, settings, in_cache, download)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -96,12 +102,11 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ModelUnavailable: there are none, or the index names files that are not there.
     """
-    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    index = next(iter(sorted(folder.glob(f"*{selection.INDEX}"))), None)
     if index is None:
         files = sorted(folder.glob("*.safetensors"))
     else:
-        shards = read_json(index).get("weight_map", {}).values()
-        files = [folder / name for name in sorted(set(shards))]
+        files = [folder / name for name in _shards(index)]
     numbered = re.search(r"-of-(\d+)\.safetensors$", files[0].name) if files else None
     if numbered and len(files) != int(numbered[1]):
         raise ModelUnavailable(
@@ -129,11 +134,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _first_place(name: str, settings: Settings, fetch: Callable[[Path, bool], Path]) -> Path:
+def _first_place(
+    name: str,
+    settings: Settings,
+    in_cache: Callable[[Path], Path],
+    download: Callable[[], Path],
+) -> Path:
     """Tries the caches, then, unless `LOCAL_ONLY`, the hub."""
     for cache in _caches(settings):
         try:
-            return fetch(cache, True)
+            return in_cache(cache)
         except (LocalEntryNotFoundError, ModelUnavailable) as error:
             present = [
                 path.name for path in cache.glob(f"models--*{_cache_name(name)}/snapshots/*")
@@ -143,17 +153,32 @@ def _first_place(name: str, settings: Settings, fetch: Callable[[Path, bool], Pa
     if settings.local_only:
         raise ModelUnavailable(f"{name} is not on this machine, and LOCAL_ONLY=1 forbids downloads")
     log.info("downloading %s to %s", name, settings.model_dir)
+    return download()
+
+
+def _indices(folder: Path, paths: Iterable[str]) -> dict[str, list[str]]:
+    """What the indices among `paths` name, as far as they are in `folder`."""
+    indices = [path for path in paths if path.endswith(selection.INDEX)]
+    return {path: _shards(folder / path) for path in indices if (folder / path).is_file()}
+
+
+def _shards(index: Path) -> list[str]:
+    return sorted(set(read_json(index).get("weight_map", {}).values()))
+
+
+def _check_listing(
+    repo: str, revision: str, cache: Path, patterns: list[str], folder: Path
+) -> None:
+    """Where the cache has a list of the repo's files, all that are needed must be there."""
     try:
-        return fetch(settings.model_dir, False)
-    except RepositoryNotFoundError as error:
-        raise ModelUnavailable(
-            f"{name} does not exist on the hub, or needs a token (HF_TOKEN) that was not given"
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelUnavailable(
-            f"{name} could not be downloaded ({type(error).__name__}); check that the hub can be "
-            "reached and that MODEL_DIR can be written and has room"
-        ) from error
+        listed = get_cached_repo_tree(repo, revision=revision, cache_dir=cache)
+    except CachedRepoTreeNotFoundError:
+        return
+    paths = selection.needed((file.path for file in listed), patterns)
+    paths = selection.without_other_weights(paths, _indices(folder, paths))
+    missing = [path for path in paths if not (folder / path).is_file()]
+    if missing:
+        raise ModelUnavailable(f"the model folder is incomplete: {', '.join(missing)} missing")
 
 
 def _caches(settings: Settings) -> Iterator[Path]:

@@ -105,7 +105,7 @@ def _set_up_logging(settings: Settings) -> None:
     logging.basicConfig(
         level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
-    for noisy in ("httpx", "urllib3", "botocore", "PIL", "asyncio"):
+    for noisy in ("httpx", "httpx2", "urllib3", "botocore", "PIL", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # At import it warns of an optional kernel for CPUs that is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
