@@ -138,7 +138,10 @@ def test_a_job_joins_between_two_steps_and_leaves_when_it_is_done(stage: Stage) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_company_changes_no_picture(dtype: torch.dtype) -> None:
     orders = [
-        order(seed, steps, size, prompt, dtype=dtype)
+        # bf16 takes this CPU several times as long.
+        order(
+            seed, steps if dtype == torch.float32 else (steps + 1) // 2, size, prompt, dtype=dtype
+        )
         for seed, (steps, size, prompt) in enumerate(
             [
                 (4, (128, 128), "blur it"),

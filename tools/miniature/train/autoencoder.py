@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from image_worker.model.vae import PictureVae, statistics
+from image_worker.edit.latents import statistics
+from image_worker.model.vae import PictureVae
 from tools.miniature import architecture
 from tools.miniature.train.graph import Graph
 from tools.miniature.train.optimiser import Optimiser
