@@ -290,3 +290,38 @@ sys.exit(' '.join(name for name in {slow} if name in sys.modules) or None)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_manifest_that_says_too_little_is_damage(tmp_path: Path, caplog: Any) -> None:
+    made = build(tmp_path)
+    path = folder_of(tmp_path) / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["files"]["vae/rest.safetensors"]["sums"].pop()
+    path.write_text(json.dumps(manifest))
+    with caplog.at_level(logging.WARNING):
+        assert_same(build(tmp_path), made)
+    assert "vae/rest.safetensors is not what was written" in caplog.text
+
+
+def test_only_a_cache_is_taken_for_one(tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    own = tmp_path / "snapshots" / "mine" / "a.safetensors"
+    cached = tmp_path / "hub" / "models--a--b" / "snapshots" / commit / "vae" / "a.safetensors"
+    for path in (own, cached):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x")
+    before = [prepared.facts_of_files([path]) for path in (own, cached)]
+    for path in (own, cached):
+        os.utime(path, (1, 1))
+    after = [prepared.facts_of_files([path]) for path in (own, cached)]
+    assert before[0] != after[0] and before[1] == after[1]
+    assert after[1] == [["a--b", commit, "a.safetensors", 1]]
+
+
+def test_what_was_written_meanwhile_is_not_written_again(tmp_path: Path, monkeypatch: Any) -> None:
+    write = writing(tmp_path, monkeypatch)
+    write()
+    before = {path: path.stat().st_mtime_ns for path in folder_of(tmp_path).rglob("*")}
+    write()
+    assert before == {path: path.stat().st_mtime_ns for path in folder_of(tmp_path).rglob("*")}
+    assert [path.name[0] for path in (tmp_path / "prepared").iterdir()] == ["m"]

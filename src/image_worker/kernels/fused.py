@@ -74,7 +74,7 @@ def gelu(x: Tensor, *, round_to: torch.dtype | None) -> Activation:
 def multiply(
     x: Quantised, text_tokens: int, weight: Tensor, scales: Tensor, bias: Tensor
 ) -> Tensor:
-    """As `reference.multiply`; FP8 into bfloat16 only."""
+    """As `reference.multiply`; but on Hopper, FP8 into bfloat16 only."""
     if int8.capability(weight.device) == (9, 0):
         return products.multiply(x, text_tokens, weight, scales, bias)
     into = x.values.new_empty(len(x.values), len(weight) // 2, dtype=x.dtype)

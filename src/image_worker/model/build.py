@@ -10,6 +10,7 @@ that point imports them, here or in modules that this one imports.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import nn
 
 from image_worker.catalog import LIGHTNING_SAMPLER, ModelEntry, Sampler
 from image_worker.compute import LEAST, POSSIBLE, Compute, automatic, possible
-from image_worker.errors import DoesNotFit, InvalidSettings
+from image_worker.errors import DoesNotFit, InvalidSettings, OutOfMemory
 from image_worker.model import components, files
 from image_worker.model.cold_start import ColdStart
 from image_worker.model.components import Component
@@ -118,13 +119,14 @@ def build(
     try:
         try:
             return start(decided)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, OutOfMemory):
             if settings.cpu_offload != "auto" or decided.offload == "model":
                 raise
             log.warning("%s does not fit after all: trying again with CPU offload", entry.name)
+        gc.collect()  # the transformer holds itself
         torch.cuda.empty_cache()
         return start(dataclasses.replace(decided, offload="model"))
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, OutOfMemory) as error:
         raise DoesNotFit(
             f"the card ran out of memory while starting at {decided.precision}; "
             "choose a smaller PRECISION_MODE or CPU_OFFLOAD=model, or free the card"

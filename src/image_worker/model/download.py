@@ -77,7 +77,7 @@ class Snapshot:
         wanted = list(paths)
         if unknown := sorted(set(wanted) - self._files.keys()):
             raise ModelUnavailable(f"{self._name} has no {unknown[0]} on the hub")
-        missing = [self._files[path] for path in wanted if not self._is_linked(self._files[path])]
+        missing = self._try(self._name, partial(self._missing, wanted))
         if missing:
             by_content = {file.checksum: file for file in missing}  # equal files are one blob
             largest_first = sorted(by_content.values(), key=lambda file: -file.size)
@@ -97,6 +97,9 @@ class Snapshot:
 
     def _is_linked(self, file: ListedFile) -> bool:
         return _size(self._folder / file.path) == file.size
+
+    def _missing(self, paths: list[str]) -> list[ListedFile]:
+        return [self._files[path] for path in paths if not self._is_linked(self._files[path])]
 
     def _make_room(self, files: list[ListedFile]) -> None:
         for folder in (self._storage / "blobs", self._locks):
@@ -149,7 +152,10 @@ class Snapshot:
         )
 
     def _part_size(self, file: ListedFile) -> int:
-        return _size(self._at(file, ".incomplete")) or 0
+        try:
+            return _size(self._at(file, ".incomplete")) or 0
+        except OSError:  # what is wrong shows when it is written
+            return 0
 
     def _reached(self, progress: Progress, file: ListedFile) -> int:
         size = self._part_size(file)
@@ -194,6 +200,8 @@ class Snapshot:
                     progress.at(file.checksum, position)
                     if position > file.size:
                         break
+            stream.flush()
+            os.fsync(stream.fileno())  # later starts trust its size alone
         if position < file.size:
             raise httpx2.ReadError(f"{file.size - position} bytes did not come")
 

@@ -114,6 +114,10 @@ def _check_names(name: str, file: TensorFile, slots: Sequence[Slot]) -> None:
     if there != wanted:
         first = min(there ^ wanted)
         raise ModelMismatch(f"{name}.safetensors holds other tensors than the model: {first}")
+    for slot in slots:
+        part = file.parts.get(slot.name)
+        if part is not None and part.shape != slot.tensor.shape:
+            raise ModelMismatch(f"{name}.safetensors holds {slot.name} in another shape")
 
 
 def _read_piece(piece: _Piece, device: torch.device, own: Any) -> None:
@@ -134,12 +138,13 @@ def _read_piece(piece: _Piece, device: torch.device, own: Any) -> None:
 
 
 def _fetch(piece: _Piece, memory: Tensor) -> None:
-    descriptor = os.open(piece.file.path, os.O_RDONLY)
     try:
-        read_into(descriptor, memory, piece.start)
+        descriptor = os.open(piece.file.path, os.O_RDONLY)
+        try:
+            read_into(descriptor, memory, piece.start)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise ModelMismatch(f"{piece.name}.safetensors cannot be read: {error}") from error
-    finally:
-        os.close(descriptor)
     if digest(bytes_of(memory)) != piece.checksum:
         raise ModelMismatch(f"{piece.name}.safetensors is damaged: a checksum differs")

@@ -92,8 +92,8 @@ class Modulation:
 
     def _each_layer(self) -> Iterator[tuple[Tensor, Tensor]]:
         """In order. A few are read ahead, and no more, since all of them are 13.6 GB."""
+        ahead: deque[Future[tuple[Tensor, Tensor]]] = deque()
         with ThreadPoolExecutor(_READERS) as readers:
-            ahead: deque[Future[tuple[Tensor, Tensor]]] = deque()
             for name in self._names:
                 ahead.append(readers.submit(self._read, name))
                 if len(ahead) > _READERS:

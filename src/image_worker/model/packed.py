@@ -61,9 +61,9 @@ def _of_state(name: str, state: Any) -> Iterator[Slot]:
     """Of a bitsandbytes `QuantState`, and of the one for its scales."""
     if state is not None:
         for attribute in ("absmax", "code", "offset"):
-            if getattr(state, attribute) is not None:
+            if getattr(state, attribute, None) is not None:
                 yield Slot(f"{name}.{attribute}", state, attribute)
-        yield from _of_state(f"{name}.nested", state.state2)
+        yield from _of_state(f"{name}.nested", getattr(state, "state2", None))
 
 
 def units(module: nn.Module, blocks: str | None) -> dict[str, list[Slot]]:

@@ -11,10 +11,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,14 @@ log = logging.getLogger(__name__)
 CODE = 1  # to be raised whenever other bytes come of the same files
 CHUNK = 2**25  # bytes that share a checksum
 MANIFEST = "manifest.json"
+_IN_CACHE = re.compile(r"/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/")
 _LEASE_SECONDS = 60.0  # after which a writer that gave no sign of life counts as dead
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """A file's size and its checksums (XXH3, 128 bits): of its header, then of each chunk."""
+    """A file's checksums (XXH3, 128 bits): of its header, then of each chunk."""
 
-    size: int
     sums: tuple[str, ...]
 
 
@@ -67,10 +68,11 @@ class Prepared:
         try:
             manifest = json.loads(path.read_bytes())
             files = {
-                name: FileFacts(int(entry["size"]), tuple(entry["sums"]))
-                for name, entry in manifest["files"].items()
+                name: FileFacts(tuple(entry["sums"])) for name, entry in manifest["files"].items()
             }
             chunk = int(manifest["chunk"])
+            if chunk <= 0:
+                raise ValueError("no size of chunks")
         except FileNotFoundError:
             if folder.exists():
                 raise ModelMismatch(f"{folder.name}/{MANIFEST} is missing") from None
@@ -90,11 +92,14 @@ class Prepared:
         try:
             found = TensorFile.open(path)
             with path.open("rb") as stream:
-                whole = facts and digest(stream.read(found.start)) == facts.sums[0]
-            if not whole:
-                raise ModelMismatch(f"{name} is not what was written")
+                head = digest(stream.read(found.start))
         except FileNotFoundError as error:
             raise ModelMismatch(f"{name} is missing") from error
+        except OSError as error:
+            raise ModelMismatch(f"{name} cannot be read: {error}") from error
+        chunks = -(-found.layout.size // self.chunk)
+        if facts is None or len(facts.sums) != 1 + chunks or facts.sums[0] != head:
+            raise ModelMismatch(f"{name} is not what was written")
         return found
 
 
@@ -122,12 +127,12 @@ def facts_of_files(files: Iterable[Path]) -> list[list[Any]]:
 
     Files of a Hugging Face cache are told apart by the commit in their path.
     """
-    found = []
+    found: list[list[Any]] = []
     for file in files:
         status = file.stat()
-        if "snapshots" in file.parts:
-            commit = file.parts[file.parts.index("snapshots") + 1]
-            found.append([commit, file.name, status.st_size])
+        in_cache = _IN_CACHE.search(file.as_posix())
+        if in_cache:
+            found.append([in_cache["repo"], in_cache["commit"], file.name, status.st_size])
         else:
             found.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
     return found
@@ -153,16 +158,19 @@ def write(folder: Path, units: Mapping[str, Sequence[Slot]], made_of: Mapping[st
         return False
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     try:
-        _remove_leftovers(folder)
+        if (folder / MANIFEST).exists():  # written while we loaded
+            return True
+        _remove_leftovers(folder.parent)
+        for name in units:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
         layouts = {name: Layout.of(slots) for name, slots in units.items()}
         _check_room(folder.parent, sum(layout.size for layout in layouts.values()))
         files = {}
         with _bar(layouts.values()) as bar:
             for name, layout in layouts.items():
-                lease.renew()
                 memory = torch.zeros(layout.size, dtype=torch.uint8)
                 layout.pack(units[name], memory)
-                files[f"{name}.safetensors"] = _write_file(partial, name, layout, memory)
+                files[f"{name}.safetensors"] = _write_file(partial, name, layout, memory, lease)
                 bar.update(layout.size)
         manifest = {"code": CODE, "chunk": CHUNK, "made_of": made_of, "files": files}
         _write_json(partial / MANIFEST, manifest)
@@ -208,31 +216,39 @@ class Lease:
         self._path.unlink(missing_ok=True)
 
     def _age(self) -> float:
-        """Seconds since the last sign, by the clock of the volume, which need not be ours."""
-        probe = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex}")
+        """Seconds since the last sign."""
         try:
-            probe.touch()
-            return probe.stat().st_mtime - self._path.stat().st_mtime
+            return _now(self._path.parent) - self._path.stat().st_mtime
         except FileNotFoundError:  # released meanwhile
             return _LEASE_SECONDS
-        finally:
-            probe.unlink(missing_ok=True)
 
 
-def _write_file(partial: Path, name: str, layout: Layout, memory: Tensor) -> dict[str, Any]:
+def _now(folder: Path) -> float:
+    """By the clock of the volume, which need not be ours."""
+    probe = folder / f".{uuid.uuid4().hex}.clock"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _write_file(
+    partial: Path, name: str, layout: Layout, memory: Tensor, lease: Lease
+) -> dict[str, Any]:
     path = partial / f"{name}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
     view, head = tensor_file.bytes_of(memory), tensor_file.header(layout)
     sums = [digest(head)]
     with path.open("wb") as stream:
         stream.write(head)
         for start in range(0, layout.size, CHUNK):
+            lease.renew()
             piece = view[start : start + CHUNK]
             sums.append(digest(piece))
             stream.write(piece)
         stream.flush()
         os.fsync(stream.fileno())
-    return {"size": len(head) + layout.size, "sums": sums}
+    return {"sums": sums}
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -260,12 +276,17 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Of writers that were killed."""
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        if left.suffix in (".partial", ".damaged"):
-            newest = max((path.stat().st_mtime for path in left.rglob("*")), default=0.0)
-            if time.time() - newest > _LEASE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+    """Of writers that were killed, of whatever key."""
+    now = _now(folder)
+    for probe in folder.glob(".*.clock"):
+        probe.unlink(missing_ok=True)
+    for left in (*folder.glob(".*.partial"), *folder.glob(".*.damaged")):
+        times = []
+        for path in (left, *left.rglob("*")):
+            with suppress(FileNotFoundError):
+                times.append(path.stat().st_mtime)
+        if times and now - max(times) >= _LEASE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _bar(layouts: Iterable[Layout]) -> Any:

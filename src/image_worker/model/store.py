@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -63,7 +65,12 @@ class Store:
                 module.modulation.put({float(name): table for name, table in tables.items()})
         except ModelMismatch as error:
             self._discard(error)
+            del module
+            gc.collect()  # the transformer holds itself, and what was filled already
+            torch.cuda.empty_cache()
             return None
+        if not self._together:
+            self.close()  # or the card's copy stays, when the module moves to the host
         return module
 
     def close(self) -> None:
@@ -83,7 +90,7 @@ class Store:
             found[_TABLES] = [Slot(name, owner, "table") for name, owner in held.items()]
         try:
             prepared.write(self._folder, found, self._facts)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's, of memory that cannot be had
             log.warning("prepared weights could not be kept in %s: %s", self._folder.parent, error)
 
     def _find(self) -> Prepared | None:
@@ -128,6 +135,11 @@ class Store:
             "numbers": str(recipe.dtype),
             "products": recipe.compute,
             "made on": recipe.device.type,
+            "configurations": [
+                prepared.digest((folder / name / "config.json").read_bytes())
+                for name in files.COMPONENTS
+            ],
+            "libraries": [version(name) for name in ("bitsandbytes", "diffusers", "transformers")],
         }
 
 

@@ -69,7 +69,7 @@ def empty(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> nn.Module:
 def _layer(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> Any:
     from bitsandbytes.nn import Linear4bit
 
-    return Linear4bit(
+    layer = Linear4bit(
         columns,
         rows,
         bias=bias,
@@ -78,6 +78,9 @@ def _layer(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> Any:
         quant_type="nf4",
         device="meta",
     )
+    # It would pack weights in another way at its first product, and they would be stored like that.
+    layer.support_avx512bf16_for_cpu = False
+    return layer
 
 
 def size(rows: int, columns: int) -> int:
