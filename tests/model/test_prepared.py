@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -253,22 +252,35 @@ def test_a_writer_that_is_killed_harms_nobody(tmp_path: Path, monkeypatch: Any) 
     monkeypatch.setattr(prepared, "_LEASE_SECONDS", 0.0)  # the killed one's lease is over
     expected = build_mini(torch.bfloat16)
     write = writing(tmp_path, monkeypatch)
-    begin = time.perf_counter()
-    assert os.waitpid(fork(write), 0)[1] == 0
-    takes = time.perf_counter() - begin
-    chance, killed = random.Random(0), 0
+    moments = []  # before each piece of a file, and before each folder is synced
+
+    def note(work: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            moments.append(work)
+            if len(moments) == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return work(*arguments)
+
+        return noted
+
+    for name in ("digest", "_sync"):
+        monkeypatch.setattr(prepared, name, note(getattr(prepared, name)))
+    fatal = 0
+    write()
+    count = len(moments)
+    assert count > KILLS
+    chance = random.Random(0)
     for number in range(KILLS):
-        shutil.rmtree(tmp_path / "prepared", ignore_errors=True)
-        child = fork(write)
-        time.sleep(chance.uniform(0, 1.1) * takes)
-        os.kill(child, signal.SIGKILL)
-        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+        shutil.rmtree(tmp_path / "prepared")
+        moments.clear()
+        fatal = chance.randint(1, count)
+        assert os.waitpid(fork(write), 0)[1] == signal.SIGKILL
+        fatal = 0
         for folder in (tmp_path / "prepared").glob("[!.]*"):
             found = Prepared.find(folder)
             assert found and all((folder / name).exists() for name in found.files)
         if number % 10 == 0:  # the others are judged by what they left
             assert_same(build(tmp_path), expected)
-    assert killed > KILLS // 3
     assert_same(build(tmp_path), expected)
     assert [path.name[0] for path in (tmp_path / "prepared").iterdir()] == ["m"]
 
