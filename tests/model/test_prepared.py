@@ -98,11 +98,17 @@ def test_the_usual_schedules_modulation_is_there(tmp_path: Path, monkeypatch: An
     edit(keep_prepared="1", model_dir=str(tmp_path))
     from image_worker.model.weights import Layers
 
-    def read(*_: Any) -> Any:
-        raise AssertionError("a modulation layer was read")
+    stock, read = Layers.__call__, []
 
-    monkeypatch.setattr(Layers, "__call__", read)
+    def note(self: Any, path: str) -> Any:
+        read.append(path)
+        return stock(self, path)
+
+    monkeypatch.setattr(Layers, "__call__", note)
     edit(keep_prepared="1", model_dir=str(tmp_path))
+    assert read == []
+    edit(keep_prepared="0", model_dir=str(tmp_path))
+    assert read, "without them, layers are read"
 
 
 def damage(path: Path, how: str) -> None:

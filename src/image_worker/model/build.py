@@ -102,19 +102,7 @@ def build(
     )
 
     def start(decided: Plan) -> Model:
-        store = Store(recipe, decided)
-        try:
-            model = _load(recipe, store, decided, sizes[decided.precision], cold_start)
-        finally:
-            store.close()
-        if first_edit is not None:
-            with cold_start.step("first edit"):
-                first_edit(model)
-        if store.is_to_write:
-            with cold_start.step("prepare"):
-                store.write(model)
-        cold_start.finish()
-        return model
+        return _start(recipe, decided, sizes[decided.precision], cold_start, first_edit)
 
     try:
         try:
@@ -131,6 +119,29 @@ def build(
             f"the card ran out of memory while starting at {decided.precision}; "
             "choose a smaller PRECISION_MODE or CPU_OFFLOAD=model, or free the card"
         ) from error
+
+
+def _start(
+    recipe: Recipe,
+    decided: Plan,
+    sizes: Sizes,
+    cold_start: ColdStart,
+    first_edit: Callable[[Model], None] | None,
+) -> Model:
+    """Loads as planned, tries the model, and keeps its weights for the next start."""
+    store = Store(recipe, decided)
+    try:
+        model = _load(recipe, store, decided, sizes, cold_start)
+    finally:
+        store.close()
+    if first_edit is not None:
+        with cold_start.step("first edit"):
+            first_edit(model)
+    if store.is_to_write:
+        with cold_start.step("prepare"):
+            store.write(model)
+    cold_start.finish()
+    return model
 
 
 def _load(
