@@ -62,7 +62,7 @@ def test_an_empty_value_is_unset() -> None:
         ("BATCH_SIZE", "0", "a whole number from 1 to 64"),
         ("BATCH_SIZE", "2.5", "a whole number from 1 to 64"),
         ("API_PORT", "70000", "a whole number from 1 to 65535"),
-        ("CPU_OFFLOAD", "sequential", "auto, none, model"),
+        ("CPU_OFFLOAD", "sequential", "auto, none, stream"),
         ("QUANTIZE_COMPONENTS", "vae", "all, text"),
         ("BNB_COMPUTE", "fp32", "bf16, fp16"),
     ],

@@ -1,8 +1,8 @@
 """The one thread that uses the card: it takes jobs from a queue, several at a time, to pictures.
 
 Batching is continuous: a job joins the others between two of their denoising steps and leaves when
-its own are done, so nobody waits for a batch to fill or to end. Where components take turns on the
-card (`CPU_OFFLOAD`), jobs start and end together instead, or weights would move at every step.
+its own are done, so nobody waits for a batch to fill or to end. Only where weights pass through the
+card at every step (`CPU_OFFLOAD`) does a first job wait a little for others to share its passes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from image_worker.model.memory import (
     side_stream,
     wait_for_card,
 )
-from image_worker.orders import Encoded, Made, Order, Task
+from image_worker.orders import Made, Order, Task
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +45,15 @@ class Engine:
     """Runs orders of one model. `submit` may be called from any thread."""
 
     def __init__(self, model: Model, batch_size: int, patience: float) -> None:
-        """patience: seconds to wait for announced jobs before a batch that none can join later."""
+        """patience: seconds to wait for announced jobs where each pass of weights costs time."""
         self.model = model
-        self._joinable = model.plan.offload == "none"
-        enough = ENOUGH_TOKENS if self._joinable else None  # sharing each move of weights pays
+        self._shares_passes = model.plan.streams("transformer")
+        enough = None if self._shares_passes else ENOUGH_TOKENS
         self.limits = Limits(batch_size, model.plan.max_tokens, enough)
         self.busy_seconds = 0.0
         self._since = time.perf_counter()
         self._patience = patience
-        self._aside = side_stream() if self._joinable else None
+        self._aside = side_stream()
         self._waiting: deque[Task] = deque()
         self._running: list[Task] = []
         self._announced = 0
@@ -144,7 +144,7 @@ class Engine:
     def _wait_for_work(self) -> bool:
         with self._state:
             self._state.wait_for(lambda: self._closed or self._waiting or self._running)
-            if not self._joinable and not self._running:
+            if self._shares_passes and not self._running:
                 self._state.wait_for(self._batch_is_full, self._patience)
             return not self._closed
 
@@ -157,7 +157,7 @@ class Engine:
         admitted: list[Task] = []
         with self._state:
             self._running = [task for task in self._running if not task.future.cancelled()]
-            while self._waiting and (self._joinable or not self._running):
+            while self._waiting:
                 task = self._waiting[0]
                 loads = [other.load for other in (*self._running, *admitted)]
                 if not task.future.cancelled() and not joins(loads, task.load, self.limits):
@@ -168,24 +168,19 @@ class Engine:
         return admitted
 
     def _begin(self, tasks: list[Task]) -> None:
-        """Encodes prompts, then references: with offload, each component comes once for all."""
+        """Encodes prompts and references."""
         for task in tasks:
             task.passed("wait")
         for task in tasks:
-            if not task.pictures:
-                with self._blamed_on(task):
-                    task.text = encode_prompts(self.model, task.order.prepared)
-        for task in tasks:
-            if not task.future.done():
-                with self._blamed_on(task):
-                    task.pictures = task.pictures or self._pictures(task.order, task.text)
-                    wait_for_card()
-                    task.passed("encode")
-                    self._running.append(task)
+            with self._blamed_on(task):
+                task.pictures = task.pictures or self._pictures(task.order)
+                wait_for_card()
+                task.passed("encode")
+                self._running.append(task)
 
-    def _pictures(self, order: Order, text: Encoded | None) -> list[Picture]:
-        """A job's pictures as noise, from its encoded prompts."""
-        assert text is not None
+    def _pictures(self, order: Order) -> list[Picture]:
+        """A job's pictures as noise."""
+        text = encode_prompts(self.model, order.prepared)
         references = encode_references(self.model, order.prepared)
         conditions = Conditions(*text, references, order.prepared.shapes)
         return [
@@ -244,8 +239,7 @@ class Engine:
         task.tried_ahead = True
         try:
             with memory_errors("encoding"), torch.cuda.stream(self._aside):
-                text = encode_prompts(self.model, task.order.prepared)
-                task.pictures = self._pictures(task.order, text)
+                task.pictures = self._pictures(task.order)
         except Exception:
             if card_is_lost():
                 raise
@@ -272,25 +266,19 @@ class Engine:
             if task.order.watcher and not task.future.done():
                 first = task.pictures[0]
                 try:
+                    wanted = task.order.previews and not task.done
                     with memory_errors("a preview"):
-                        shown = preview(self.model, first) if self._shows(task) else None
+                        shown = preview(self.model, first) if wanted else None
                     task.order.watcher(first.step, len(first.levels) - 1, shown)
                 except Exception:
                     if card_is_lost():
                         raise
                     log.warning("progress could not be told", exc_info=True)
 
-    def _shows(self, task: Task) -> bool:
-        """Where components take turns, a preview would put the VAE in the transformer's place."""
-        return task.order.previews and self._joinable and not task.done
-
     def _end(self, tasks: list[Task]) -> None:
-        """Decodes. Where components take turns, when the last job is done."""
-        if not self._joinable and len(tasks) < len(self._running):
-            return
+        """Decodes."""
         for task in tasks:
             task.passed("denoise")
-        for task in tasks:
             with self._blamed_on(task):
                 for picture in task.pictures:
                     check(picture)

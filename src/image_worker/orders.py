@@ -14,7 +14,6 @@ from image_worker.edit.conditions import Prepared
 from image_worker.edit.denoise import Picture
 
 Watcher = Callable[[int, int, "Tensor | None"], None]
-Encoded = tuple[Tensor, "Tensor | None"]  # a prompt, and the negative one
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,8 @@ class Made:
 class Task:
     """An order in the engine: how far it is, and who waits for it.
 
-    moment: since when it has been in its present stage; text: once encoded; pictures: once begun;
-    company: how many pictures each of its steps had; tried_ahead: whether it was tried to begin it
-    before its turn.
+    moment: since when it has been in its present stage; pictures: once begun; company: how many
+    pictures each of its steps had; tried_ahead: whether it was tried to begin it before its turn.
     """
 
     order: Order
@@ -61,7 +59,6 @@ class Task:
     future: Future[Made]
     moment: float
     seconds: dict[str, float] = field(default_factory=dict)
-    text: Encoded | None = None
     pictures: list[Picture] = field(default_factory=list)
     company: list[int] = field(default_factory=list)
     tried_ahead: bool = False

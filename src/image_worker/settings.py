@@ -27,6 +27,14 @@ def _number_in_text(value: object) -> object:
     return int(value) if isinstance(value, str) and value.strip().isdigit() else value
 
 
+def _current_name(value: object) -> object:
+    """Of a way to offload: one of them had another name before."""
+    return "stream" if value == "model" else value
+
+
+Offload = Annotated[Literal["auto", "none", "stream"], BeforeValidator(_current_name)]
+
+
 def _default_model_dir() -> Path:
     return Path.home() / ".cache" / "image-worker"
 
@@ -80,11 +88,13 @@ class Settings(BaseSettings):
     lightning_steps: Annotated[Literal[4, 8], BeforeValidator(_number_in_text)] = Field(
         8, description="which Lightning LoRA: the one for 4 or the one for 8 steps"
     )
-    cpu_offload: Literal["auto", "none", "model"] = Field(
-        "auto", description="keep everything on the card, or one component at a time"
+    cpu_offload: Offload = Field(
+        "auto",
+        description="which weights stay on the card: as many as fit (auto), all (none), or as few "
+        "as possible (stream; model is its older name); others pass through it, from the host",
     )
     int8_cpu_offload: bool = Field(
-        False, description="older name for CPU_OFFLOAD=model together with PRECISION_MODE=8bit"
+        False, description="older name for CPU_OFFLOAD=stream together with PRECISION_MODE=8bit"
     )
     gpu_max_gib: float | None = Field(
         None,
@@ -187,7 +197,7 @@ class Settings(BaseSettings):
         if self.int8_cpu_offload and self.precision_mode not in ("auto", "8bit"):
             raise InvalidSettings(
                 f"INT8_CPU_OFFLOAD=1 contradicts PRECISION_MODE={self.precision_mode}; "
-                "use CPU_OFFLOAD=model to offload at another precision"
+                "use CPU_OFFLOAD=stream to offload at another precision"
             )
 
     def _refuse_products_without_meaning(self) -> None:

@@ -65,7 +65,7 @@ class Worker:
         entry = choose(settings.model, has_card=hardware.free is not None)
         if settings.model == "auto":
             log.info("MODEL=auto: serving %s on %s", entry.name, hardware.name)
-        if hardware.free is None and (settings.gpu_max_gib or settings.cpu_offload == "model"):
+        if hardware.free is None and (settings.gpu_max_gib or settings.cpu_offload == "stream"):
             log.warning("no CUDA card: GPU_MAX_GIB and CPU_OFFLOAD have no effect")
         return cls(settings, build(settings, entry, hardware, first_edit=warm_up))
 

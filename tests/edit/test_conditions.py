@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,17 @@ def test_pictures_reach_the_text_encoder() -> None:
 def test_what_was_encoded_before_is_not_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dataclasses.replace(mini_model(), encodings=Remembered(10**8))
     brought: list[str] = []
-    monkeypatch.setattr(model.placement, "bring", brought.append)
+
+    def note(name: str, method: Any) -> Any:
+        def noted(*arguments: Any, **named: Any) -> Any:
+            brought.append(name)
+            return method(*arguments, **named)
+
+        return noted
+
+    for module, method in ((model.text_encoder, "forward"), (model.vae, "encode")):
+        name = "vae" if module is model.vae else "text_encoder"
+        monkeypatch.setattr(module, method, note(name, getattr(module, method)))
 
     def encode(prompt: str, *seeds: int) -> tuple[Conditions, list[str]]:
         brought.clear()

@@ -112,9 +112,13 @@ def test_a_file_of_another_size_is_refused(change: int, tmp_path: Path) -> None:
 def test_units_are_blocks_and_the_rest() -> None:
     model = nn.Module()
     model.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(11))
-    model.other = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2)])})
-    found = units(model, "blocks")
-    assert set(found) == {f"block-{number:02d}" for number in range(11)} | {"rest"}
-    assert [slot.name for slot in found["block-10"]] == ["blocks.10.weight", "blocks.10.bias"]
+    for name in ("other", "more"):
+        setattr(model, name, nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2)])}))
+    found = units(model, ["blocks", "more.blocks"])
+    assert set(found) == {f"blocks.{number:02d}" for number in range(11)} | {
+        "more.blocks.00",
+        "rest",
+    }
+    assert [slot.name for slot in found["blocks.10"]] == ["blocks.10.weight", "blocks.10.bias"]
     assert [slot.name for slot in found["rest"]] == ["other.blocks.0.weight", "other.blocks.0.bias"]
-    assert set(units(model, None)) == {"rest"}
+    assert set(units(model)) == {"rest"}

@@ -7,15 +7,39 @@ from typing import Any
 import pytest
 
 from image_worker.errors import DoesNotFit
-from image_worker.model.placement import GIB, RESERVE, Hardware, Shape, Sizes, plan
+from image_worker.model.placement import (
+    GIB,
+    RESERVE,
+    SHARED_TOKENS,
+    Hardware,
+    Shape,
+    Sizes,
+    plan,
+)
 from image_worker.settings import Settings
 
-# Of Qwen-Image-Edit-2509, in GiB, modulation on the host.
+TRANSFORMER, LAYERS, VISION = (
+    "transformer/blocks",
+    "text_encoder/language_model.layers",
+    "text_encoder/visual.blocks",
+)
+
+
+def sizes(transformer: float, layers: float, vision: float = 1.3, rest: float = 0.7) -> Sizes:
+    """In GiB, all lists together."""
+    lists = {TRANSFORMER: (transformer, 60), LAYERS: (layers, 28), VISION: (vision, 32)}
+    return Sizes(
+        int(rest * GIB),
+        {name: [int(total * GIB) // count] * count for name, (total, count) in lists.items()},
+    )
+
+
+# About those of Qwen-Image-Edit-2509, modulation on disk.
 SIZES: Any = {
-    "bf16": Sizes(int(14.5 * GIB), int(25.4 * GIB), int(0.12 * GIB)),
-    "fp8": Sizes(int(8.4 * GIB), int(12.8 * GIB), int(0.12 * GIB)),
-    "8bit": Sizes(int(8.4 * GIB), int(12.8 * GIB), int(0.12 * GIB)),
-    "4bit": Sizes(int(5.5 * GIB), int(6.6 * GIB), int(0.12 * GIB)),
+    "bf16": sizes(25.3, 12.2),
+    "fp8": sizes(12.7, 6.1),
+    "8bit": sizes(12.7, 6.1),
+    "4bit": sizes(6.5, 3.2),
 }
 SHAPE = Shape(width=3072, zero_cond_t=False, vae_base=96, tokens=8448, pixels=1024 * 1024)
 
@@ -28,22 +52,84 @@ def decide(free: float | None, *, capability: tuple[int, int] = (8, 6), **variab
     return plan(settings, SIZES, SHAPE, hardware)
 
 
+def passing(found: Any) -> dict[str, list[int]]:
+    """Numbers of the blocks that pass, by their lists."""
+    numbers: dict[str, list[int]] = {TRANSFORMER: [], LAYERS: [], VISION: []}
+    for unit in sorted(found.streamed):
+        name, _, number = unit.rpartition(".")
+        numbers[name].append(int(number))
+    return numbers
+
+
 @pytest.mark.parametrize(
-    ("free", "precision", "offload"),
+    ("free", "precision", "streams"),
     [
-        (139, "bf16", "none"),
-        (79, "bf16", "none"),
-        (47, "bf16", "none"),
-        (39, "4bit", "none"),
-        (15, "4bit", "none"),
-        (13, "4bit", "model"),
-        (11.5, "4bit", "model"),
+        (139, "bf16", False),
+        (79, "bf16", False),
+        (47, "bf16", False),
+        (39, "4bit", False),
+        (15, "4bit", False),
+        (11.5, "4bit", True),
+        (6, "4bit", True),
+        (4, "4bit", True),
     ],
 )
-def test_auto_by_free_memory(free: float, precision: str, offload: str) -> None:
+def test_auto_by_free_memory(free: float, precision: str, streams: bool) -> None:
     found = decide(free)
-    assert (found.precision, found.offload) == (precision, offload)
+    assert (found.precision, bool(found.streamed)) == (precision, streams)
     assert found.peak <= free * GIB
+
+
+def test_the_transformer_stays_before_the_text_encoder() -> None:
+    counts = [
+        [len(numbers) for numbers in passing(decide(free, precision_mode="4bit")).values()]
+        for free in (20, 13, 12, 10, 6, 4, 3.2)
+    ]
+    assert counts[0] == [0, 0, 0]
+    assert counts[1][:2] == [0, 0] or counts[1][0] == 0
+    assert counts[3][0] == 0 and counts[3][1] > 0, "at 10 GiB all of the transformer stays"
+    assert 0 < counts[4][0] < counts[5][0] < counts[6][0] <= 60
+    assert counts[4][1] == 28, "at 6 GiB none of the language model"
+    for count in counts:
+        assert not any(number % 2 for number in count), "each buffer serves as many blocks"
+    assert counts == sorted(counts), "the less memory, the more passes"
+
+
+def test_blocks_that_pass_stand_evenly_among_the_others() -> None:
+    numbers = passing(decide(6))[TRANSFORMER]
+    stays = sorted(set(range(60)) - set(numbers))
+    gaps = {after - before for before, after in zip(stays, stays[1:], strict=False)}
+    assert len(gaps) <= 2 and max(gaps) - min(gaps) <= 1
+
+
+def test_the_vae_works_in_tiles_rather_than_that_the_transformer_passes() -> None:
+    whole, tiles, passes = decide(9.5), decide(8.9), decide(6)
+    assert not passing(whole)[TRANSFORMER] and whole.max_pixels >= SHAPE.pixels
+    assert not passing(tiles)[TRANSFORMER] and tiles.max_pixels < SHAPE.pixels
+    assert passing(passes)[TRANSFORMER] and passes.max_pixels >= SHAPE.pixels
+
+
+@pytest.mark.parametrize("free", [4, 6, 10])
+def test_where_weights_pass_there_is_room_for_a_batch_of_small_pictures(free: float) -> None:
+    found = decide(free)
+    if passing(found)[TRANSFORMER]:
+        assert found.max_tokens >= SHARED_TOKENS
+    assert found.most_tokens >= found.max_tokens
+
+
+def test_a_job_may_have_the_room_of_what_stays_unless_all_shall_stay() -> None:
+    free = decide(15)
+    assert free.most_tokens > free.max_tokens
+    kept = decide(15, cpu_offload="none")
+    assert kept.most_tokens == kept.max_tokens
+
+
+def test_a_list_of_one_block_passes_through_one_buffer() -> None:
+    small = Sizes(0, {TRANSFORMER: [GIB], LAYERS: [GIB, GIB, GIB]})
+    settings = Settings.from_env({"CPU_OFFLOAD": "stream", "PRECISION_MODE": "4bit"})
+    found = plan(settings, {"4bit": small}, SHAPE, Hardware("card", 20 * GIB))
+    assert found.weights == 3 * GIB
+    assert passing(found) == {TRANSFORMER: [0], LAYERS: [0, 1, 2], VISION: []}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +143,7 @@ def test_auto_takes_fp8_where_it_is_multiplied_and_leaves_room(free: float, prec
     assert decide(140, capability=(8, 0), compute="int8").precision == "4bit"
     assert decide(140, capability=(9, 0), compute="fp8").precision in ("fp8", "4bit")
     assert decide(39, capability=(8, 9), bnb_compute="fp16").precision == "4bit"
-    assert decide(23, capability=(8, 9), precision_mode="fp8").offload == "none"
+    assert not decide(23, capability=(8, 9), precision_mode="fp8").streamed
 
 
 def test_room_is_counted_in_tokens_as_it_was_planned() -> None:
@@ -70,13 +156,14 @@ def test_room_is_counted_in_tokens_as_it_was_planned() -> None:
 
 def test_an_explicit_precision_is_kept() -> None:
     assert decide(139, precision_mode="4bit").precision == "4bit"
-    assert decide(21, precision_mode="8bit").offload == "model"
-    assert decide(23, precision_mode="8bit").offload == "none"
+    assert decide(21, precision_mode="8bit").streamed
+    assert not decide(24, precision_mode="8bit").streamed
 
 
-def test_a_fall_back_to_offload_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    assert decide(21, precision_mode="8bit").offload == "model"
-    assert "8bit with CPU_OFFLOAD=none takes 22.9" in caplog.text
+def test_that_weights_pass_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert decide(21, precision_mode="8bit").streamed
+    assert "8bit on the card takes 22.4 GiB; so some of it passes through the card" in caplog.text
+    assert "4 of text_encoder/language_model.layers" in decide(21, precision_mode="8bit").describe()
 
 
 def test_zero_cond_t_takes_more_memory() -> None:
@@ -91,22 +178,24 @@ def test_zero_cond_t_takes_more_memory() -> None:
 
 
 def test_explicit_offload_is_kept() -> None:
-    assert decide(139, cpu_offload="model").offload == "model"
+    for name in ("stream", "model"):
+        counts = [len(numbers) for numbers in passing(decide(139, cpu_offload=name)).values()]
+        assert counts == [60, 28, 32]
     with pytest.raises(DoesNotFit):
         decide(12, cpu_offload="none")
 
 
 def test_the_older_name_for_offload() -> None:
     found = decide(139, int8_cpu_offload="1")
-    assert (found.precision, found.offload) == ("8bit", "model")
+    assert found.precision == "8bit" and len(found.streamed) == 120
 
 
 def test_what_does_not_fit_is_explained() -> None:
     with pytest.raises(DoesNotFit) as caught:
-        decide(7)
+        decide(2)
     message = str(caught.value)
-    assert "7.0 GiB are free on card" in message
-    assert "4bit with CPU_OFFLOAD=model takes" in message
+    assert "2.0 GiB are free on card" in message
+    assert "4bit on the card takes" in message and "4bit in passing takes" in message
 
 
 def test_room_decides_how_much_shares_a_forward_and_when_to_tile() -> None:
@@ -117,24 +206,22 @@ def test_room_decides_how_much_shares_a_forward_and_when_to_tile() -> None:
     assert tight.max_tokens >= SHAPE.tokens, "one row must always be possible"
 
 
-@pytest.mark.parametrize("free", [11.5, 23, 139])
+@pytest.mark.parametrize("free", [4, 6, 11.5, 23, 139])
 def test_what_is_planned_fits(free: float) -> None:
     found = decide(free, precision_mode="4bit")
-    resident = SIZES["4bit"].total if found.offload == "none" else SIZES["4bit"].transformer
     # 24 bytes a token and 14 a pixel, per unit of width, were measured at full size.
-    assert resident + found.max_tokens * 24 * 3072 <= free * GIB
-    kept = SIZES["4bit"].total if found.offload == "none" else SIZES["4bit"].vae
-    assert kept + found.max_pixels * 14 * 96 <= free * GIB
-
-
-def test_a_text_encoder_that_does_not_fit_counts() -> None:
-    large = Sizes(text_encoder=12 * GIB, transformer=GIB, vae=0)
-    settings = Settings.from_env({"PRECISION_MODE": "4bit"})
-    with pytest.raises(DoesNotFit):
-        plan(settings, {"4bit": large}, SHAPE, Hardware("card", 11 * GIB))
+    assert found.weights + found.max_tokens * 24 * 3072 <= free * GIB
+    assert found.weights + found.max_pixels * 14 * 96 <= free * GIB
+    buffers = [blocks[0] * 2 for blocks in SIZES["4bit"].blocks.values()]
+    stay = sum(
+        sum(blocks) - len(passing(found)[name]) * blocks[0]
+        for name, blocks in SIZES["4bit"].blocks.items()
+    )
+    used = sum(b for b, n in zip(buffers, passing(found).values(), strict=True) if n)
+    assert found.weights == SIZES["4bit"].rest + stay + used
 
 
 def test_the_cpu_has_no_limits() -> None:
     found = decide(None)
-    assert (found.precision, found.offload) == ("bf16", "none")
+    assert (found.precision, found.streamed) == ("bf16", frozenset())
     assert found.max_tokens is None and found.max_pixels is None

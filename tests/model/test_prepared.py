@@ -127,9 +127,9 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        *(("transformer/block-03.safetensors", how) for how in DAMAGES),
+        *(("transformer/blocks.03.safetensors", how) for how in DAMAGES),
         ("transformer/rest.safetensors", "middle"),
-        ("text_encoder/block-01.safetensors", "last"),
+        ("text_encoder/language_model.layers.01.safetensors", "last"),
         ("vae/rest.safetensors", "missing"),
         *((MANIFEST, how) for how in ("missing", "cut off", "middle")),
     ],

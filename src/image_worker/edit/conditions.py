@@ -19,6 +19,7 @@ from image_worker.edit.batching import Length
 from image_worker.edit.latents import statistics
 from image_worker.errors import InvalidRequest
 from image_worker.model.build import Model
+from image_worker.model.memory import with_room
 from image_worker.model.placement import TILE_SIDE
 from image_worker.model.transformer import Shape
 
@@ -192,9 +193,10 @@ def _encode_text(model: Model, prompt: Prompt) -> Tensor:
     """The text encoder's last hidden states without the template's head: (tokens, width)."""
 
     def run() -> Tensor:
-        model.placement.bring("text_encoder")
         inputs = {name: value.to(model.device) for name, value in prompt.inputs.items()}
-        hidden: Tensor = model.text_encoder(**inputs).last_hidden_state
+        hidden: Tensor = with_room(
+            model.make_room, lambda: model.text_encoder(**inputs).last_hidden_state
+        )
         return hidden[0, model.entry.template.drop :].to(model.dtype)
 
     return model.encodings.get(b"prompt" + prompt.key, run, model.device)
@@ -228,7 +230,6 @@ def _encode_picture(model: Model, reference: Reference) -> Tensor:
     """One reference as normalised, packed latents: (tokens, channels)."""
 
     def run() -> Tensor:
-        model.placement.bring("vae")
         height, width, _ = reference.pixels.shape
         pixels = reference.pixels.to(model.device).permute(2, 0, 1)[None, :, None]
         # In the stock processor's order, so that they round alike.

@@ -45,7 +45,6 @@ def preview(model: Model, picture: Picture) -> Tensor:
 @torch.inference_mode()
 def _decode(model: Model, latents: Tensor) -> Tensor:
     """(1, channels, 1, rows, columns), normalised, to pixels (8 · rows, 8 · columns, 3)."""
-    model.placement.bring("vae")
     mean, deviation = statistics(model.vae, model.device, model.dtype)
     # In upstream's order of operations, so that bf16 rounds alike.
     values = model.vae.decode(latents / (1.0 / deviation) + mean, return_dict=False)[0][0, :, 0]

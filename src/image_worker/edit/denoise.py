@@ -18,7 +18,7 @@ from image_worker.edit.schedule import sigmas
 from image_worker.edit.sizes import tokens
 from image_worker.errors import BrokenPicture, OutOfMemory
 from image_worker.model.build import Model
-from image_worker.model.memory import memory_errors
+from image_worker.model.memory import with_room
 from image_worker.model.transformer import Row, Shape, velocities
 
 Progress = Callable[[int, int], None]
@@ -119,7 +119,6 @@ def step(model: Model, pictures: Sequence[Picture], limits: Limits) -> list[int]
     Raises:
         OutOfMemory: the card does not hold even one row of them.
     """
-    model.placement.bring("transformer")
     rows = [row for picture in pictures for row in _rows(picture)]
     lengths = [Length(len(row.image), len(row.text)) for row in rows]
     outputs: dict[int, Tensor] = {}
@@ -146,8 +145,10 @@ def step(model: Model, pictures: Sequence[Picture], limits: Limits) -> list[int]
 def _forward(model: Model, rows: list[Row], *, alone: bool) -> list[Tensor] | None:
     """The rows' velocities; None if memory ran out and there is more than one of them."""
     try:
-        with memory_errors("this job"):
-            return velocities(model.transformer, rows)
+        return with_room(
+            model.make_room if alone else lambda: False,
+            lambda: velocities(model.transformer, rows),
+        )
     except OutOfMemory:
         if alone:
             raise

@@ -9,7 +9,6 @@ that point imports them, here or in modules that this one imports.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 from collections.abc import Callable, Sequence
@@ -26,11 +25,12 @@ from image_worker.errors import DoesNotFit, InvalidSettings, OutOfMemory
 from image_worker.model import components, files
 from image_worker.model.cold_start import ColdStart
 from image_worker.model.components import Component
-from image_worker.model.offload import Placement
-from image_worker.model.placement import Hardware, Plan, Sizes, plan
+from image_worker.model.packed import move
+from image_worker.model.placement import Hardware, Plan, plan
 from image_worker.model.recipe import Recipe, as_served, read_component
 from image_worker.model.remembered import Remembered
 from image_worker.model.store import Store
+from image_worker.model.stream import Held, blocks_of
 from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,6 @@ class Model:
     text_encoder: Any
     transformer: Any
     vae: Any
-    placement: Placement
     cold_start: ColdStart
     encodings: Remembered
 
@@ -59,6 +58,18 @@ class Model:
     def steps(self) -> int:
         """Denoising steps of a job that names none."""
         return self.lightning_steps or self.entry.steps
+
+    def make_room(self) -> bool:
+        """Half of the weights that stay on the card leave it, and pass through it from now on.
+
+        Returns false where there is nothing left that could leave.
+        """
+        if self.plan.peak is None or self.plan.most_tokens == self.plan.max_tokens:
+            return False
+        lists = blocks_of(self.transformer, self.text_encoder)
+        left = [blocks.give_up(self.device) for blocks in lists]
+        torch.cuda.empty_cache()
+        return any(left)
 
 
 def build(
@@ -102,36 +113,38 @@ def build(
     )
 
     def start(decided: Plan) -> Model:
-        return _start(recipe, decided, sizes[decided.precision], cold_start, first_edit)
+        return _start(recipe, decided, cold_start, first_edit)
 
     try:
         try:
             return start(decided)
         except (torch.OutOfMemoryError, OutOfMemory):
-            if settings.cpu_offload != "auto" or decided.offload == "model":
+            if settings.cpu_offload != "auto":
                 raise
-            log.warning("%s does not fit after all: trying again with CPU offload", entry.name)
+            log.warning("%s does not fit after all: trying again with less of it", entry.name)
         gc.collect()  # the transformer holds itself
         torch.cuda.empty_cache()
-        return start(dataclasses.replace(decided, offload="model"))
+        least = settings.model_copy(
+            update={"cpu_offload": "stream", "precision_mode": decided.precision}
+        )
+        return start(plan(least, sizes, shape, hardware))
     except (torch.OutOfMemoryError, OutOfMemory) as error:
         raise DoesNotFit(
             f"the card ran out of memory while starting at {decided.precision}; "
-            "choose a smaller PRECISION_MODE or CPU_OFFLOAD=model, or free the card"
+            "choose a smaller PRECISION_MODE or CPU_OFFLOAD=stream, or free the card"
         ) from error
 
 
 def _start(
     recipe: Recipe,
     decided: Plan,
-    sizes: Sizes,
     cold_start: ColdStart,
     first_edit: Callable[[Model], None] | None,
 ) -> Model:
     """Loads as planned, tries the model, and keeps its weights for the next start."""
     store = Store(recipe, decided)
     try:
-        model = _load(recipe, store, decided, sizes, cold_start)
+        model = _load(recipe, store, decided, cold_start)
     finally:
         store.close()
     if first_edit is not None:
@@ -144,20 +157,15 @@ def _start(
     return model
 
 
-def _load(
-    recipe: Recipe, store: Store, decided: Plan, sizes: Sizes, cold_start: ColdStart
-) -> Model:
+def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) -> Model:
     from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
     entry, folder, settings = recipe.entry, recipe.folder, recipe.settings
     lightning = settings.use_lightning_lora
-    placement = Placement(recipe.device, offload=decided.offload == "model")
 
     def load(component: Component) -> nn.Module:
-        with cold_start.step(f"load {component.name}", getattr(sizes, component.name)):
-            module = store.read(component) or _load_component(recipe, component, decided)
-            placement.add(component.name, module)
-        return module
+        with cold_start.step(f"load {component.name}"):
+            return store.read(component) or _load_component(recipe, component, decided)
 
     scheduler = files.read_json(folder / "scheduler" / "scheduler_config.json")
     processor = folder / "processor"
@@ -175,16 +183,27 @@ def _load(
         text_encoder=load(components.TEXT_ENCODER),
         transformer=load(components.TRANSFORMER),
         vae=load(components.VAE),
-        placement=placement,
         cold_start=cold_start,
         encodings=Remembered(settings.remember_mb * 10**6),
     )
 
 
 def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.Module:
-    module = read_component(recipe, component, decided.precision)
+    """From the checkpoint. What shall pass through the card is made there, one by one."""
+    streams = decided.streams(component.name)
+    home = torch.device("cpu") if streams else None
+    module = read_component(recipe, component, decided.precision, home=home)
     module = as_served(recipe, component, module)
-    return module.to(recipe.device)  # buffers, which no checkpoint holds
+    if not streams:
+        return module.to(recipe.device)  # buffers, which no checkpoint holds
+    held = {}
+    for name, slots in component.units(module).items():
+        if name in decided.streamed:
+            held[name] = Held.of(slots, recipe.device)
+        else:
+            move(slots, recipe.device)
+    component.stream(module, held, recipe.device)
+    return module
 
 
 def _lightning(settings: Settings, entry: ModelEntry) -> list[Path]:

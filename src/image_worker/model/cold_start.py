@@ -18,11 +18,10 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the cold start; `gib` of weights kept, for steps that load some."""
+    """One step of the cold start."""
 
     name: str
     seconds: float
-    gib: float | None = None
 
 
 @dataclass
@@ -34,16 +33,14 @@ class ColdStart:
     peak_host_gib: float | None = None
 
     @contextmanager
-    def step(self, name: str, size: int | None = None) -> Iterator[None]:
-        """Times and logs one step, which keeps `size` bytes of weights."""
+    def step(self, name: str) -> Iterator[None]:
+        """Times and logs one step."""
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        gib = None if size is None else round(size / _GIB, 3)
-        self.steps.append(Step(name, round(time.perf_counter() - start, 3), gib))
-        what = name if gib is None else f"{name} ({gib:.2f} GiB)"
-        log.info("cold start: %s in %.2f s; %s", what, self.steps[-1].seconds, _memory_line())
+        self.steps.append(Step(name, round(time.perf_counter() - start, 3)))
+        log.info("cold start: %s in %.2f s; %s", name, self.steps[-1].seconds, _memory_line())
 
     def finish(self) -> None:
         """Notes the peaks."""

@@ -7,8 +7,8 @@ imported when a module is made, not before (`build.py` says why).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,20 @@ from image_worker.catalog import ModelEntry
 from image_worker.errors import ModelMismatch
 from image_worker.model import files, weights
 from image_worker.model.formats import FORMATS
+from image_worker.model.packed import Slot, unit_of, units
 from image_worker.model.placement import Shape, Sizes
+from image_worker.model.stream import Blocks, Held
 from image_worker.settings import Precision, Settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Component:
     """One folder of a checkpoint.
 
     kind: the class that its configuration must name; empty(folder): the module, its parameters on
     the meta device; rename: the module's name for a checkpoint's tensor, None if it is not needed;
-    quantised, on_disk: whether the linear layer of a name is; blocks: the list that most of the
-    weights are in, as it is called in the module that serves.
+    quantised, on_disk: whether the linear layer of a name is; blocks: the lists that most of the
+    weights are in, as they are called in the module that serves, and in the checkpoint.
     """
 
     name: str
@@ -39,7 +41,25 @@ class Component:
     rename: Callable[[str], str | None] = lambda name: name
     quantised: Callable[[str], bool] = lambda path: False  # noqa: ARG005
     on_disk: Callable[[str], bool] = lambda path: False  # noqa: ARG005
-    blocks: str | None = None
+    blocks: Mapping[str, str] = field(default_factory=dict)
+
+    def units(self, module: nn.Module) -> dict[str, list[Slot]]:
+        """The slots of a module that serves, by the units that they are kept and moved in."""
+        found = units(module, self.blocks)
+        return {f"{self.name}/{unit}": slots for unit, slots in found.items()}
+
+    def stream(self, module: nn.Module, held: Mapping[str, Held], device: torch.device) -> None:
+        """These units of a module that serves pass through the device from now on."""
+        for name in self.blocks:
+            prefix = f"{self.name}/{name}."
+            found = {
+                int(unit.removeprefix(prefix)): one
+                for unit, one in held.items()
+                if unit.startswith(prefix)
+            }
+            blocks = module.get_submodule(name)
+            if found and isinstance(blocks, Blocks):
+                blocks.stream(found, device)
 
     def storage(
         self, precision: Precision, settings: Settings, dtype: torch.dtype
@@ -99,7 +119,7 @@ TEXT_ENCODER = Component(
     empty=_empty_text_encoder,
     rename=text_encoder_name,
     quantised=lambda path: path.startswith("language_model.layers."),
-    blocks="language_model.layers",
+    blocks={name: name for name in ("language_model.layers", "visual.blocks")},
 )
 TRANSFORMER = Component(
     "transformer",
@@ -107,7 +127,7 @@ TRANSFORMER = Component(
     empty=_empty_transformer,
     quantised=lambda path: path.startswith("transformer_blocks.") and not is_modulation(path),
     on_disk=is_modulation,
-    blocks="blocks",
+    blocks={"blocks": "transformer_blocks"},
 )
 VAE = Component("vae", kind="AutoencoderKLQwenImage", empty=_empty_vae)
 ALL = (TEXT_ENCODER, TRANSFORMER, VAE)
@@ -131,17 +151,35 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def sizes(folder: Path, settings: Settings, dtype: torch.dtype) -> dict[Precision, Sizes]:
-    """What each component's weights would take, in bytes, at each precision."""
-
-    def size(component: Component, precision: Precision) -> int:
-        storage = component.storage(precision, settings, dtype)
-        found = files.weight_files(folder / component.name)
-        return weights.stored_bytes(found, storage, component.rename)
-
+    """What the model's weights would take, in bytes, at each precision."""
     return {
-        precision: Sizes(**{component.name: size(component, precision) for component in ALL})
+        precision: _sizes(
+            {
+                component: weights.stored_bytes(
+                    files.weight_files(folder / component.name),
+                    component.storage(precision, settings, dtype),
+                    component.rename,
+                )
+                for component in ALL
+            }
+        )
         for precision in FORMATS
     }
+
+
+def _sizes(stored: Mapping[Component, Mapping[str, int]]) -> Sizes:
+    """Of each component's tensors, by their names in the checkpoint's modules."""
+    rest, blocks = 0, {}
+    for component in (TRANSFORMER, TEXT_ENCODER, VAE):  # the blocks of the first stay first
+        found: dict[str, int] = {}
+        for name, size in stored[component].items():
+            unit = unit_of(name, component.blocks.values())
+            found[unit] = found.get(unit, 0) + size
+        rest += found.get("rest", 0)
+        for served, source in component.blocks.items():
+            named = sorted(unit for unit in found if unit.startswith(f"{source}."))
+            blocks[f"{component.name}/{served}"] = [found[unit] for unit in named]
+    return Sizes(rest, blocks)
 
 
 def shape(entry: ModelEntry, configs: dict[str, dict[str, Any]]) -> Shape:

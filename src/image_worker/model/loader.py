@@ -1,16 +1,16 @@
 """Reads prepared files to where they are served, at the disk's speed, and checks every byte.
 
 Several threads read pieces of files into pinned memory of their own, checksum them and copy them to
-the card, each on its own stream: so reading, checking and copying overlap, and no file is ever in
-the host's memory as a whole. It all goes on while its user does something else, such as importing
-the libraries that the weights are for.
+the card, each on its own stream: so reading, checking and copying overlap, and no file that stays
+on the card is ever in the host's memory as a whole. It all goes on while its user does something
+else, such as importing libraries.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from image_worker.errors import ModelMismatch
 from image_worker.model.packed import Slot
+from image_worker.model.pinned import Pinned
 from image_worker.model.prepared import Prepared, digest
+from image_worker.model.stream import Held
 from image_worker.model.tensor_file import TensorFile, bytes_of, read_into
 
 _THREADS = 8
@@ -30,8 +32,16 @@ _THREADS = 8
 class Reading:
     """Files of a prepared checkpoint on their way to a device."""
 
-    def __init__(self, prepared: Prepared, names: Iterable[str], device: torch.device) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        names: Iterable[str],
+        device: torch.device,
+        streamed: Set[str] = frozenset(),
+    ) -> None:
         """Begins. names: of files, without their ending, in the order in which they are needed.
+
+        streamed: those that are read to the host, from where they will pass through the device.
 
         Raises:
             ModelMismatch: a file is missing or its header damaged; says which.
@@ -40,8 +50,13 @@ class Reading:
         self._files = {name: prepared.open(f"{name}.safetensors") for name in names}
         if device.type == "cuda":
             torch.cuda.synchronize()  # the memory that is filled may be in use still
+        self._pinned = {
+            name: Pinned(file.layout.size) for name, file in self._files.items() if name in streamed
+        }
         self._memory = {
-            name: torch.empty(file.layout.size, dtype=torch.uint8, device=device)
+            name: self._pinned[name].memory
+            if name in streamed
+            else torch.empty(file.layout.size, dtype=torch.uint8, device=device)
             for name, file in self._files.items()
         }
         total = sum(file.layout.size for file in self._files.values())
@@ -49,18 +64,27 @@ class Reading:
         self._threads = ThreadPoolExecutor(_THREADS)
         self._work = {name: self._begin(prepared, name) for name in self._files}
 
-    def fill(self, units: Mapping[str, Sequence[Slot]]) -> None:
+    def fill(self, units: Mapping[str, Sequence[Slot]]) -> dict[str, Held]:
         """Fills the slots of each unit, named as its file, with views of one run of bytes.
+
+        Slots of those that are streamed stay empty: what they are to hold is returned.
 
         Raises:
             ModelMismatch: a file is damaged or holds other tensors; says which.
         """
+        held = {}
         for name, slots in units.items():
             file = self._files.get(name)
             if file is None:
                 raise ModelMismatch(f"{name}.safetensors is missing")
             _check_names(name, file, slots)
-            file.layout.fill(slots, self._whole(name))
+            memory = self._whole(name)
+            if name in self._pinned:
+                self._pinned[name].lock(self._device)
+                held[name] = Held(slots, file.layout, self._pinned[name])
+            else:
+                file.layout.fill(slots, memory)
+        return held
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """All tensors of a file by their names.
@@ -76,6 +100,7 @@ class Reading:
         self._threads.shutdown(cancel_futures=True)
         self._bar.close()
         self._memory.clear()
+        self._pinned.clear()
 
     def _whole(self, name: str) -> Tensor:
         for piece in self._work[name]:
@@ -121,8 +146,8 @@ def _check_names(name: str, file: TensorFile, slots: Sequence[Slot]) -> None:
 
 
 def _read_piece(piece: _Piece, device: torch.device, own: Any) -> None:
-    """On the host, straight to its place; for a card, by way of this thread's pinned memory."""
-    if device.type != "cuda":
+    """On the host, straight to its place; to a card, by way of this thread's pinned memory."""
+    if piece.memory.device.type != "cuda":
         _fetch(piece, piece.memory)
         return
     if not hasattr(own, "memory"):

@@ -6,12 +6,15 @@ Too little memory is one job's error; a broken CUDA context is everyone's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from image_worker.errors import OutOfMemory
+
+T = TypeVar("T")
 
 # torch's own error, and cuBLAS' and the driver's, which have no type of their own.
 _NO_MEMORY = re.compile(r"out of memory|ALLOC_FAILED", re.IGNORECASE)
@@ -38,6 +41,21 @@ def memory_errors(what: str) -> Iterator[None]:
         f"{what} needs more memory than the card has left; use a smaller size, fewer pictures, or "
         "num_images 1"
     )
+
+
+def with_room(make_room: Callable[[], bool], work: Callable[[], T]) -> T:
+    """What `work` returns; it is tried again for as long as more room can be made for it.
+
+    Raises:
+        OutOfMemory: the card does not hold it whatever else leaves.
+    """
+    while True:
+        try:
+            with memory_errors("this job"):
+                return work()
+        except OutOfMemory:
+            if not make_room():
+                raise
 
 
 def side_stream() -> torch.cuda.Stream | None:

@@ -6,7 +6,6 @@ move a module is to copy its bytes and to fill its slots with views of the copy.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,18 +65,24 @@ def _of_state(name: str, state: Any) -> Iterator[Slot]:
         yield from _of_state(f"{name}.nested", getattr(state, "state2", None))
 
 
-def units(module: nn.Module, blocks: str | None) -> dict[str, list[Slot]]:
+def units(module: nn.Module, lists: Iterable[str] = ()) -> dict[str, list[Slot]]:
     """The slots of each of the module's blocks, and the rest: what is moved as a whole.
 
-    blocks: the name of the list that the blocks are in.
+    lists: the names of the lists that blocks are in. A block is called as its list and its number.
     """
     found: dict[str, list[Slot]] = {}
-    numbered = re.compile(re.escape(blocks or "") + r"\.(\d+)\.")
     for slot in slots(module):
-        match = numbered.match(slot.name) if blocks else None
-        unit = f"block-{int(match[1]):02d}" if match else "rest"
-        found.setdefault(unit, []).append(slot)
+        found.setdefault(unit_of(slot.name, lists), []).append(slot)
     return found
+
+
+def unit_of(name: str, lists: Iterable[str]) -> str:
+    """The unit that the tensor of that name belongs to."""
+    for blocks in lists:
+        if name.startswith(f"{blocks}."):
+            number = name[len(blocks) + 1 :].partition(".")[0]
+            return f"{blocks}.{int(number):02d}"
+    return "rest"
 
 
 @dataclass(frozen=True)
@@ -135,3 +140,11 @@ class Layout:
         views = {part.name: part.of(memory) for part in self.parts}
         for slot in slots:
             slot.fill(views[self.aliases.get(slot.name, slot.name)])
+
+
+def move(slots: Sequence[Slot], device: torch.device) -> None:
+    """Slots hold the same on `device`, in one run of bytes."""
+    layout = Layout.of(slots)
+    memory = torch.empty(layout.size, dtype=torch.uint8, device=device)
+    layout.pack(slots, memory)
+    layout.fill(slots, memory)

@@ -43,11 +43,16 @@ class Recipe:
 
 
 def read_component(
-    recipe: Recipe, component: Component, precision: Precision, *, whole: bool = False
+    recipe: Recipe,
+    component: Component,
+    precision: Precision,
+    *,
+    whole: bool = False,
+    home: torch.device | None = None,
 ) -> nn.Module:
     """A component as its library has it, with its weights, the transformer's LoRAs merged.
 
-    whole: with the layers that serve from disk, too.
+    whole: with the layers that serve from disk, too; home: where it is, if not on the device.
     """
     folder = recipe.folder / component.name
     module = component.empty(folder)
@@ -64,6 +69,7 @@ def read_component(
         if component is components.TRANSFORMER
         else (),
         label=component.name,
+        home=home,
     )
     return module
 

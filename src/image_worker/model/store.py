@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Set
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -16,10 +17,11 @@ from image_worker.errors import ModelMismatch
 from image_worker.model import components, files, prepared, weights
 from image_worker.model.components import Component
 from image_worker.model.loader import Reading
-from image_worker.model.packed import Slot, units
+from image_worker.model.packed import Slot
 from image_worker.model.placement import Plan
 from image_worker.model.prepared import Prepared
 from image_worker.model.recipe import Recipe, as_served
+from image_worker.model.stream import blocks_of
 from image_worker.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -31,17 +33,15 @@ class Store:
     """This recipe's prepared weights: read where they are there, written where they are not."""
 
     def __init__(self, recipe: Recipe, decided: Plan) -> None:
-        """Begins to read them. With offload that is done component by component."""
+        """Begins to read them."""
         self._recipe, self._precision = recipe, decided.precision
-        self._together = decided.offload == "none"
         self._reading: Reading | None = None
         wanted = recipe.settings.keep_prepared
         self._wanted = wanted == "1" or (wanted == "auto" and recipe.device.type == "cuda")
         self._facts = self._made_of()
         self._folder = recipe.settings.model_dir / "prepared" / prepared.key(self._facts)
         self._found = self._find() if self._wanted else None
-        if self._together:
-            self._begin(components.ALL)
+        self._begin(decided.streamed)
 
     @property
     def is_to_write(self) -> bool:
@@ -50,8 +50,6 @@ class Store:
 
     def read(self, component: Component) -> nn.Module | None:
         """A component as it is served; None: it is not there, or damaged, and then taken away."""
-        if not self._together:
-            self._begin([component])
         if self._reading is None:
             return None
         recipe = self._recipe
@@ -59,7 +57,8 @@ class Store:
         weights.empty(module, component.storage(self._precision, recipe.settings, recipe.dtype))
         module = as_served(recipe, component, module)
         try:
-            self._reading.fill(_units(component, module))
+            held = self._reading.fill(component.units(module))
+            component.stream(module, held, recipe.device)
             if isinstance(module, Transformer) and self._has_tables:
                 tables = self._reading.tensors(_TABLES)
                 module.modulation.put({float(name): table for name, table in tables.items()})
@@ -69,8 +68,6 @@ class Store:
             gc.collect()  # the transformer holds itself, and what was filled already
             torch.cuda.empty_cache()
             return None
-        if not self._together:
-            self.close()  # or the card's copy stays, when the module moves to the host
         return module
 
     def close(self) -> None:
@@ -83,13 +80,16 @@ class Store:
         """Writes what is loaded. Where that cannot be, the model serves all the same."""
         found: dict[str, list[Slot]] = {}
         for component in components.ALL:
-            found |= _units(component, getattr(model, component.name))
+            found |= component.units(getattr(model, component.name))
         made = model.transformer.modulation.tables()
         if made:
             held = {repr(level): _Held(table) for level, table in made.items()}
             found[_TABLES] = [Slot(name, owner, "table") for name, owner in held.items()]
         try:
-            prepared.write(self._folder, found, self._facts)
+            with ExitStack() as at_home:
+                for blocks in blocks_of(model.text_encoder, model.transformer):
+                    at_home.enter_context(blocks.at_home())
+                prepared.write(self._folder, found, self._facts)
         except (OSError, RuntimeError) as error:  # torch's, of memory that cannot be had
             log.warning("prepared weights could not be kept in %s: %s", self._folder.parent, error)
 
@@ -100,15 +100,19 @@ class Store:
             self._discard(error)
             return None
 
-    def _begin(self, wanted: Sequence[Component]) -> None:
-        """To read these components, if they are there."""
-        self.close()
+    def _begin(self, streamed: Set[str]) -> None:
+        """To read them, if they are there."""
         if self._found is None:
             return
         named = [name.removesuffix(".safetensors") for name in self._found.files]
-        names = [name for one in wanted for name in named if name.startswith(f"{one.name}/")]
+        names = [
+            name
+            for component in components.ALL
+            for name in named
+            if name.startswith(f"{component.name}/")
+        ]
         try:
-            self._reading = Reading(self._found, names, self._recipe.device)
+            self._reading = Reading(self._found, names, self._recipe.device, streamed)
         except ModelMismatch as error:
             self._discard(error)
 
@@ -148,9 +152,3 @@ class _Held:
     """One of modulation's tables, as a slot's owner."""
 
     table: torch.Tensor
-
-
-def _units(component: Component, module: nn.Module) -> dict[str, list[Slot]]:
-    return {
-        f"{component.name}/{unit}": found for unit, found in units(module, component.blocks).items()
-    }

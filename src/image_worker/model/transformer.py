@@ -23,6 +23,7 @@ from image_worker.kernels.reference import Activation
 from image_worker.model.attention import BACKENDS, Attention, Exact, Order
 from image_worker.model.linear import W8A8, Modules, Nf4, Pair, Plain, Scratch
 from image_worker.model.modulation import Modulation, Read
+from image_worker.model.stream import Blocks
 
 # What activations are rounded to for products in each of these; None: they keep their type.
 ROUND_TO: dict[Compute, torch.dtype | None] = {
@@ -117,7 +118,7 @@ class Transformer(nn.Module):
         self._ops = _operations(device)
         attention = attention or Exact(self._ops)
         scratch = Scratch(device)
-        self.blocks = nn.ModuleList()
+        self.blocks = Blocks()
         for number, block in enumerate(source.transformer_blocks):
             self.blocks.append(Block(block, self._ops, attention, scratch, round_to))
             source.transformer_blocks[number] = nn.Identity()  # its weights are copied: let it go
@@ -140,7 +141,7 @@ class Transformer(nn.Module):
         text_tokens = layout.text_tokens
         last = len(self.blocks) - 1
         block: Any
-        for number, (block, mod) in enumerate(zip(self.blocks, mods, strict=True)):
+        for number, (block, mod) in enumerate(zip(self.blocks.in_turn(), mods, strict=True)):
             shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(1)
             x, y = ops.add_and_modulate(x, y, gate, shift1, scale1, owner, round_to=block.round_to)
             y = block.attend(y, layout, only_targets=number == last)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from image_worker.errors import ModelMismatch
 from image_worker.model.formats import Format
 from image_worker.model.lora import Lora
+from image_worker.model.packed import move, slots
 from image_worker.model.tensor_file import TensorFile
 
 Rename = Callable[[str], str | None]
@@ -48,10 +49,12 @@ def load(
     rename: Rename = lambda name: name,
     loras: Sequence[Lora] = (),
     label: str = "",
+    home: torch.device | None = None,
 ) -> None:
     """Fills `module`, whose parameters are on the meta device, from safetensors `files`.
 
-    rename: the module's name for a checkpoint's tensor, or None for one that is not needed.
+    rename: the module's name for a checkpoint's tensor, or None for one that is not needed; home:
+    where tensors stay that were made on `device`, if not there.
 
     Raises:
         ModelMismatch: a tensor without a place, a place without a tensor, a shape that differs, or
@@ -70,6 +73,9 @@ def load(
         _check_shape(module, target, tensor.shape)
         if not storage.on_disk(target.rpartition(".")[0]):
             _place(module, target, tensor, storage, device, loras)
+            if home is not None:
+                owner = module.get_submodule(target.rpartition(".")[0])
+                move([slot for slot in slots(owner) if not slot.tensor.is_meta], home)
     if missing:
         raise ModelMismatch(
             f"{label}: the checkpoint lacks {len(missing)} tensors, the first: {min(missing)}"
@@ -151,13 +157,15 @@ def _place(
     module.set_submodule(path, layer)
 
 
-def stored_bytes(files: list[Path], storage: Storage, rename: Rename = lambda name: name) -> int:
-    """What `load` will keep on the device, in bytes, from the files' headers alone.
+def stored_bytes(
+    files: list[Path], storage: Storage, rename: Rename = lambda name: name
+) -> dict[str, int]:
+    """What `load` will keep of each tensor, in bytes, from the files' headers alone.
 
     Raises:
         ModelMismatch: a file is cut off or no safetensors file.
     """
-    total = 0
+    found = {}
     for file in files:
         for name, part in TensorFile.open(file).parts.items():
             target, shape = rename(name), part.shape
@@ -167,10 +175,10 @@ def stored_bytes(files: list[Path], storage: Storage, rename: Rename = lambda na
             if storage.on_disk(path):
                 continue
             if storage.format and leaf == "weight" and len(shape) == 2 and storage.stores(path):
-                total += storage.format.size(*shape)
+                found[target] = storage.format.size(*shape)
             else:
-                total += storage.dtype.itemsize * shape.numel()
-    return total
+                found[target] = storage.dtype.itemsize * shape.numel()
+    return found
 
 
 def _read(files: list[Path], label: str) -> Iterator[tuple[str, Tensor]]:

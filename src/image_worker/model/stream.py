@@ -1,0 +1,173 @@
+"""Blocks whose weights pass through the card: copied from the host, beside the work before them.
+
+Blocks run one after the other, always in the same order. Those that do not stay share a few buffers
+on the card: while one computes, the next one's weights arrive on a stream of their own. After the
+last block come the first ones of the next pass, so that a pass begins with its weights there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from image_worker.model.packed import Layout, Slot, slots
+from image_worker.model.pinned import Pinned
+
+BUFFERS = 2  # one is computed with, one is filled
+
+
+@dataclass(frozen=True)
+class Held:
+    """A block's weights on the host: where they go, how they lie, and their bytes."""
+
+    slots: Sequence[Slot]
+    layout: Layout
+    host: Pinned
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot], device: torch.device) -> Held:
+        """What slots hold now, from where `device` is to be fed; they refer to it meanwhile."""
+        layout = Layout.of(slots)
+        host = Pinned(layout.size)
+        layout.pack(slots, host.memory)
+        layout.fill(slots, host.memory)
+        host.lock(device)
+        return cls(slots, layout, host)
+
+
+class Blocks(nn.ModuleList):
+    """A model's blocks. To run them is to iterate over `in_turn`."""
+
+    def __init__(self, blocks: Sequence[nn.Module] = ()) -> None:
+        super().__init__(blocks)
+        self._held: dict[int, Held] = {}
+        self._passages: list[_Passage] = []
+
+    @property
+    def away(self) -> list[int]:
+        """Numbers of the blocks that do not stay on the card."""
+        return sorted(self._held)
+
+    def in_turn(self) -> Iterator[Any]:
+        """Each block, when its weights are on the card; they may leave when the next one is asked
+        for."""
+        streamed = {number: index for index, number in enumerate(self.away)}
+        for number, block in enumerate(self):
+            index = streamed.get(number)
+            if index is None:
+                yield block
+                continue
+            buffer = self._passages[index % len(self._passages)]
+            buffer.bring(index // len(self._passages))
+            try:
+                yield block
+            finally:
+                buffer.leave()
+
+    def stream(self, held: Mapping[int, Held], device: torch.device) -> None:
+        """From now on these blocks pass through the card, by their numbers."""
+        if not held:
+            return
+        self._held |= held
+        if not self._passages:
+            size, stream = max(map(self._size, range(len(self)))), _side_stream(device)
+            self._passages = [_Passage(size, device, stream) for _ in range(min(BUFFERS, len(self)))]
+        queues: list[list[Held]] = [[] for _ in self._passages]
+        for index, number in enumerate(self.away):
+            queues[index % len(queues)].append(self._held[number])
+        for buffer, queue in zip(self._passages, queues, strict=True):
+            buffer.serve(queue)
+
+    def give_up(self, device: torch.device) -> bool:
+        """Half of the blocks that stayed leave the card for good; false if none stayed."""
+        stayed = [number for number in range(len(self)) if number not in self._held]
+        leaving = stayed[::2]
+        if len(leaving) + len(self._held) < BUFFERS:
+            return False
+        _wait(device)
+        self.stream({n: Held.of(list(slots(self[n])), device) for n in leaving}, device)
+        return bool(leaving)
+
+    def _size(self, number: int) -> int:
+        held = self._held.get(number)
+        return held.layout.size if held else Layout.of(slots(self[number])).size
+
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Meanwhile, all of them refer to the host's copies of what passes."""
+        for held in self._held.values():
+            held.layout.fill(held.slots, held.host.memory)
+        try:
+            yield
+        finally:
+            for buffer in self._passages:
+                buffer.fill()
+
+
+def blocks_of(*modules: nn.Module) -> list[Blocks]:
+    """All lists of blocks in them."""
+    return [part for module in modules for part in module.modules() if isinstance(part, Blocks)]
+
+
+class _Passage:
+    """Memory on the card that the weights of several blocks pass through, one after the other."""
+
+    def __init__(self, size: int, device: torch.device, stream: Any) -> None:
+        self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self._device, self._stream = device, stream
+        self._queue: list[Held] = []
+        self._present: int | None = None  # which of them is there, or on its way
+        self._arrived, self._left = _event(stream), _event(stream)
+
+    def serve(self, queue: list[Held]) -> None:
+        """These pass, from now on."""
+        self._queue, self._present = queue, None
+        self.fill()
+
+    def fill(self) -> None:
+        """All blocks refer to the same memory, each at its time."""
+        for held in self._queue:
+            held.layout.fill(held.slots, self._memory)
+
+    def bring(self, index: int) -> None:
+        """Has the card wait until that one's weights are there."""
+        if self._present != index:  # the first pass, or one that was given up before its end
+            self.leave(following=index)
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._arrived)
+
+    def leave(self, following: int | None = None) -> None:
+        """What is there is not needed any more, when the card has come this far: the next one."""
+        if following is None:
+            assert self._present is not None
+            following = (self._present + 1) % len(self._queue)
+        if following == self._present:
+            return
+        memory = self._queue[following].host.memory
+        self._present = following
+        if self._stream is None:
+            self._memory[: len(memory)].copy_(memory)
+            return
+        self._left.record(torch.cuda.current_stream(self._device))
+        self._stream.wait_event(self._left)
+        with torch.cuda.stream(self._stream):
+            self._memory[: len(memory)].copy_(memory, non_blocking=True)
+        self._arrived.record(self._stream)
+
+
+def _side_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def _event(stream: Any) -> Any:
+    return None if stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

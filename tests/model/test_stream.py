@@ -1,0 +1,162 @@
+"""Blocks that pass through the card, on the CPU, where order and numbers are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from image_worker.model import build as build_module
+from image_worker.model.build import Model
+from image_worker.model.formats import FORMATS
+from image_worker.model.packed import Layout, slots
+from image_worker.model.placement import Plan
+from image_worker.model.stream import Blocks, Held, blocks_of
+from image_worker.settings import Precision
+from tests.conftest import build_mini, make_picture
+
+CPU = torch.device("cpu")
+
+
+def layers(precision: Precision, count: int = 5) -> Blocks:
+    torch.manual_seed(0)
+    form, found = FORMATS[precision], []
+    for _ in range(count):
+        weight = torch.randn(256, 256) / 16
+        if form is None:
+            layer: nn.Module = nn.Linear(256, 256, bias=False)
+        else:
+            layer = form.encode(weight, False, torch.float32)
+        found.append(nn.Sequential(layer, nn.BatchNorm1d(256)).eval().requires_grad_(False))
+    return Blocks(found)
+
+
+def stream(blocks: Blocks, numbers: Iterable[int]) -> None:
+    blocks.stream({n: Held.of(list(slots(blocks[n])), CPU) for n in numbers}, CPU)
+
+
+def run(blocks: Blocks, until: int = 99) -> Tensor:
+    x = torch.linspace(-1, 1, 2048).view(8, 256)
+    for number, block in enumerate(blocks.in_turn()):
+        if number == until:
+            break
+        x = block(x)
+    return x
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "4bit"])
+@pytest.mark.parametrize("numbers", [(0,), (2, 4), (0, 1, 3), (0, 1, 2, 3, 4)])
+def test_they_compute_what_they_did_in_every_pass(
+    precision: Precision, numbers: tuple[int, ...]
+) -> None:
+    expected = run(layers(precision))
+    blocks = layers(precision)
+    stream(blocks, numbers)
+    assert blocks.away == list(numbers)
+    for _ in range(3):
+        assert torch.equal(run(blocks), expected)
+
+
+@torch.inference_mode()
+def test_what_passes_takes_the_memory_of_two_blocks() -> None:
+    blocks = layers("bf16")
+    stream(blocks, range(5))
+    storages = {slot.tensor.untyped_storage().data_ptr() for slot in slots(blocks)}
+    assert len(storages) == 2
+    largest = max(Layout.of(slots(block)).size for block in blocks)
+    assert all(slot.tensor.untyped_storage().nbytes() == largest for slot in slots(blocks))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("until", [0, 1, 2, 4])
+def test_a_pass_that_is_given_up_does_not_disturb_the_next(until: int) -> None:
+    expected, blocks = run(layers("bf16")), layers("bf16")
+    stream(blocks, range(5))
+    run(blocks, until)
+    assert torch.equal(run(blocks), expected)
+
+
+@torch.inference_mode()
+def test_a_pass_that_fails_does_not_disturb_the_next() -> None:
+    expected, blocks = run(layers("bf16")), layers("bf16")
+    stream(blocks, range(5))
+    handle = blocks[3].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(blocks)
+    handle.remove()
+    assert torch.equal(run(blocks), expected)
+
+
+@torch.inference_mode()
+def test_half_of_those_that_stay_leave_until_none_is_left() -> None:
+    expected, blocks = run(layers("4bit", 9)), layers("4bit", 9)
+    counts = [0]
+    while blocks.give_up(CPU):
+        counts.append(len(blocks.away))
+        assert torch.equal(run(blocks), expected)
+    assert counts == [0, 5, 7, 8, 9]
+
+
+@torch.inference_mode()
+def test_at_home_they_hold_their_own_weights() -> None:
+    blocks, stay = layers("bf16"), layers("bf16")
+    stream(blocks, (0, 1, 2, 4))
+    run(blocks)
+    with blocks.at_home():
+        for here, there in zip(slots(blocks), slots(stay), strict=True):
+            assert torch.equal(here.tensor, there.tensor)
+    assert torch.equal(run(blocks), run(stay))
+
+
+def passing(model: Model) -> frozenset[str]:
+    """Every block but one of the transformer's, and every second of the text encoder's."""
+    lists = {
+        f"{name}/{path}": part
+        for name in ("transformer", "text_encoder")
+        for path, part in getattr(model, name).named_modules()
+        if isinstance(part, Blocks)
+    }
+    return frozenset(
+        f"{name}.{number:02d}"
+        for name, blocks in lists.items()
+        for number in range(len(blocks))
+        if (number != 1 if name.startswith("transformer") else number % 2 == 0)
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "4bit"])
+def test_pictures_are_the_same(precision: Precision, tmp_path: Path, monkeypatch: Any) -> None:
+    """From the checkpoint, from what that start prepared, and from what a start without did."""
+    stays = build_mini(precision_mode=precision)
+    streamed = passing(stays)
+    expected = edit(stays)
+    monkeypatch.setattr(build_module, "plan", lambda *_: Plan(precision, streamed))
+    for folder, count in (("one", 2), ("other", 1)):
+        variables = {"model_dir": str(tmp_path / folder), "keep_prepared": "1"}
+        if folder == "other":
+            with monkeypatch.context() as patch:
+                patch.setattr(build_module, "plan", lambda *_: Plan(precision))
+                build_mini(precision_mode=precision, **variables)
+        for _ in range(count):
+            model = build_mini(precision_mode=precision, **variables)
+            lists = blocks_of(model.transformer, model.text_encoder)
+            assert sum(len(blocks.away) for blocks in lists) == len(streamed)
+            assert torch.equal(edit(model), expected)
+    steps = [step.name for step in model.cold_start.steps]
+    assert "prepare" not in steps
+
+
+def edit(model: Model) -> Tensor:
+    from image_worker.edit.conditions import encode
+    from image_worker.edit.decode import decode_pixels
+    from image_worker.edit.denoise import denoise, start
+
+    conditions = encode(model, "make the red circle blue", None, [make_picture()])
+    picture = start(model, conditions, (128, 128), seed=0, steps=2, cfg_scale=1.0)
+    denoise(model, [picture])
+    return decode_pixels(model, picture)
