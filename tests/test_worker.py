@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import logging
 import time
@@ -16,7 +17,7 @@ from image_worker.edit import denoise as denoise_module
 from image_worker.errors import BrokenPicture, DoesNotFit
 from image_worker.settings import Settings
 from image_worker.worker import Worker
-from tests.conftest import make_picture
+from tests.conftest import make_picture, mini_model
 from tests.job.test_images import bomb, encoded
 from tests.pictures import psnr
 from tests.worker_jobs import as_base64, job, picture
@@ -341,3 +342,15 @@ def test_a_card_that_is_too_small_stops_the_start(monkeypatch: Any) -> None:
     monkeypatch.setattr("image_worker.worker.detect_hardware", lambda _: tiny)
     with pytest.raises(DoesNotFit, match="a small card"):
         Worker.from_settings(Settings.from_env({"MODEL": "mini"}))
+
+
+def test_a_job_that_cannot_fit_is_refused_before_it_is_queued(monkeypatch: Any) -> None:
+    worker = Worker(Settings.from_env({}), mini_model(torch.float32))
+    tokens = 64 + 64 + 40
+    plan = dataclasses.replace(worker.model.plan, most_tokens=tokens)
+    worker.model = dataclasses.replace(worker.model, plan=plan)
+    monkeypatch.setattr(worker.engine, "submit", lambda _: pytest.fail("it was queued"))
+    reply = worker.run_blocking(job(width=256, height=256))
+    assert reply["error"]["type"] == "out_of_memory"
+    assert "instead of 256x256 would fit" in reply["error"]["message"]
+    worker.close()

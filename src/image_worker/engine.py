@@ -258,7 +258,7 @@ class Engine:
 
     def _what_fits(self, task: Task) -> str | None:
         order = task.order
-        return what_fits(self.model, order.size, len(order.prepared.references), task.load)
+        return what_fits(self.model, order.size, len(order.prepared.references), task.load.rows)
 
     def _tell(self, tasks: Sequence[Task]) -> None:
         """Reports the step that was just done. A failure in here costs no job its picture."""

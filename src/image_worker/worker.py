@@ -19,6 +19,7 @@ from image_worker.edit import conditions, sizes
 from image_worker.edit.conditions import Reference
 from image_worker.edit.decode import decode
 from image_worker.edit.denoise import Progress, denoise, start
+from image_worker.edit.fitting import check_fits
 from image_worker.edit.schedule import check_steps
 from image_worker.engine import Engine
 from image_worker.errors import CardLost, InternalError, InvalidRequest, WorkerError
@@ -156,6 +157,7 @@ class Worker:
         negative = (request.negative_prompt or " ") if cfg_scale > 1 else None
         prepared = conditions.prepare(self.model, request.prompt, negative, references)
         size = self._size(request, references)
+        check_fits(self.model, prepared, size)
         order = Order(prepared, size, request.seeds, self._steps(request), cfg_scale)
         return request, order, outlet
 

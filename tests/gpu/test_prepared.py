@@ -16,7 +16,7 @@ from tests.worker_jobs import job
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("offload", ["none", "model"])
+@pytest.mark.parametrize("offload", ["none", "stream"])
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "4bit"])
 def test_the_second_start_makes_the_same_picture(
     precision: str, offload: str, tmp_path: Path, caplog: Any
@@ -37,5 +37,6 @@ def test_the_second_start_makes_the_same_picture(
     assert "damaged" not in caplog.text and "could not" not in caplog.text
     assert "prepare" not in [step.name for step in worker.model.cold_start.steps]
     devices = {slot.tensor.device.type for slot in slots(worker.model.transformer.blocks[0])}
-    assert devices == {"cuda" if offload == "none" else "cpu"}
+    assert devices == {"cuda"}
+    assert bool(worker.model.transformer.blocks.away) == (offload == "stream")
     torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ def test_the_transformer_stays_before_the_text_encoder() -> None:
 def test_blocks_that_pass_stand_evenly_among_the_others() -> None:
     numbers = passing(decide(6))[TRANSFORMER]
     stays = sorted(set(range(60)) - set(numbers))
-    gaps = {after - before for before, after in zip(stays, stays[1:], strict=False)}
+    gaps = {after - before for before, after in itertools.pairwise(stays)}
     assert len(gaps) <= 2 and max(gaps) - min(gaps) <= 1
 
 

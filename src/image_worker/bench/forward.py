@@ -190,7 +190,7 @@ def _measure(
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in tqdm(range(options.rounds), desc=title, leave=False, disable=None):
         for name, run in runs.items():
-            times[name].append(_time(run, options.forwards))
+            times[name].append(timed(run, options.forwards))
     return {
         name: (*(f"{number:.1f}" for number in median(taken)), errors[name])
         for name, taken in times.items()
@@ -209,7 +209,7 @@ def median(times: Sequence[float]) -> tuple[float, float]:
     return middle, (high - low) / 2
 
 
-def _time(run: Run, forwards: int) -> float:
+def timed(run: Callable[[], Any], forwards: int) -> float:
     """Milliseconds of the card for each of `forwards`, one after the other, from an idle card."""
     torch.cuda.synchronize()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

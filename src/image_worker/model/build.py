@@ -153,6 +153,7 @@ def _start(
     if store.is_to_write:
         with cold_start.step("prepare"):
             store.write(model)
+    cold_start.prepared = store.is_there
     cold_start.finish()
     return model
 

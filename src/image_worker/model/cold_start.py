@@ -26,9 +26,13 @@ class Step:
 
 @dataclass
 class ColdStart:
-    """What the cold start took: its steps, and peak memory in GiB once it was over."""
+    """What the cold start took: its steps, and peak memory in GiB once it was over.
+
+    prepared: whether prepared weights are there for the next start.
+    """
 
     steps: list[Step] = field(default_factory=list)
+    prepared: bool = False
     peak_vram_gib: float | None = None
     peak_host_gib: float | None = None
 

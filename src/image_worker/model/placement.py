@@ -245,7 +245,7 @@ def _streamed(precision: Precision, sizes: Sizes, work: _Work, free: int, *, lea
     found = []
     for vae in (work.whole, work.tile):
         room = 0 if least else free - RESERVE - sizes.rest - max(denoise, vae)
-        found.append(_passing(sizes.blocks, room))
+        found.append(which_pass(sizes.blocks, room))
     first = next(iter(sizes.blocks))
     whole, tiled = (_planned(precision, sizes, work, free, passing) for passing in found)
     assert whole.max_pixels is not None
@@ -253,7 +253,7 @@ def _streamed(precision: Precision, sizes: Sizes, work: _Work, free: int, *, lea
     return whole if fits and (found[1][first] or not found[0][first]) else tiled
 
 
-def _passing(lists: Mapping[str, Sequence[int]], room: int) -> dict[str, list[int]]:
+def which_pass(lists: Mapping[str, Sequence[int]], room: int) -> dict[str, list[int]]:
     """Numbers of the blocks that pass, list by list, if all weights shall take `room` bytes.
 
     Those that stay stand evenly among those that pass, whose copies so have time.

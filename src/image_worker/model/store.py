@@ -48,6 +48,11 @@ class Store:
         """Whether there is none, and should be one."""
         return self._wanted and self._found is None
 
+    @property
+    def is_there(self) -> bool:
+        """Whether there is one, as far as is known."""
+        return self._found is not None
+
     def read(self, component: Component) -> nn.Module | None:
         """A component as it is served; None: it is not there, or damaged, and then taken away."""
         if self._reading is None:
@@ -90,6 +95,7 @@ class Store:
                 for blocks in blocks_of(model.text_encoder, model.transformer):
                     at_home.enter_context(blocks.at_home())
                 prepared.write(self._folder, found, self._facts)
+            self._found = self._find()
         except (OSError, RuntimeError) as error:  # torch's, of memory that cannot be had
             log.warning("prepared weights could not be kept in %s: %s", self._folder.parent, error)
 

@@ -76,7 +76,9 @@ class Blocks(nn.ModuleList):
         self._held |= held
         if not self._passages:
             size, stream = max(map(self._size, range(len(self)))), _side_stream(device)
-            self._passages = [_Passage(size, device, stream) for _ in range(min(BUFFERS, len(self)))]
+            self._passages = [
+                _Passage(size, device, stream) for _ in range(min(BUFFERS, len(self)))
+            ]
         queues: list[list[Held]] = [[] for _ in self._passages]
         for index, number in enumerate(self.away):
             queues[index % len(queues)].append(self._held[number])

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, for_sdk = _parser().parse_known_args(arguments)
     try:
         settings = Settings.from_env()
-        _set_up_logging(settings)
+        set_up_logging(settings)
         job = _local_job(options.test_input, settings, for_sdk)
         # After the settings: a bad one should not wait for seconds of imports.
         from image_worker.worker import Worker
@@ -101,7 +101,8 @@ def _local_job(
     return job
 
 
-def _set_up_logging(settings: Settings) -> None:
+def set_up_logging(settings: Settings) -> None:
+    """To the standard error, without what other libraries say for themselves."""
     logging.basicConfig(
         level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
