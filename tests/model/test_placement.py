@@ -226,3 +226,15 @@ def test_the_cpu_has_no_limits() -> None:
     found = decide(None)
     assert (found.precision, found.streamed) == ("bf16", frozenset())
     assert found.max_tokens is None and found.max_pixels is None
+
+
+def test_what_the_host_cannot_hold_is_read_from_disk(caplog: pytest.LogCaptureFixture) -> None:
+    settings = Settings.from_env({"PRECISION_MODE": "4bit"})
+    plans = [
+        plan(settings, SIZES, SHAPE, Hardware("card", 4 * GIB, host=host))
+        for host in (None, 20 * GIB, 8 * GIB)
+    ]
+    assert [found.from_disk for found in plans] == [False, False, True]
+    assert "and 8.0 are free: it is read from disk" in caplog.text
+    assert "from disk" in plans[-1].describe()
+    assert not plan(settings, SIZES, SHAPE, Hardware("card", 40 * GIB, host=GIB)).from_disk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from image_worker.errors import DoesNotFit, ModelMismatch
 from image_worker.model import build as build_module
 from image_worker.model.build import Model
 from image_worker.model.formats import FORMATS
 from image_worker.model.packed import Layout, slots
+from image_worker.model.pinned import OnDisk, Pinned
 from image_worker.model.placement import Plan
 from image_worker.model.stream import Blocks, Held, blocks_of
+from image_worker.model.tensor_file import bytes_of
 from image_worker.settings import Precision
 from tests.conftest import build_mini, make_picture
 
@@ -149,6 +153,45 @@ def test_pictures_are_the_same(precision: Precision, tmp_path: Path, monkeypatch
             assert torch.equal(edit(model), expected)
     steps = [step.name for step in model.cold_start.steps]
     assert "prepare" not in steps
+
+
+def test_from_disk_pictures_are_the_same(tmp_path: Path, monkeypatch: Any) -> None:
+    variables = {"precision_mode": "4bit", "model_dir": str(tmp_path), "keep_prepared": "1"}
+    stays = build_mini(**variables)
+    found = Plan("4bit", passing(stays), from_disk=True)
+    monkeypatch.setattr(build_module, "plan", lambda *_: found)
+    model = build_mini(**variables)
+    assert torch.equal(edit(model), edit(stays))
+    shutil.rmtree(tmp_path / "prepared")  # it has the files open
+    assert torch.equal(edit(model), edit(stays))
+    with pytest.raises(DoesNotFit, match="image_worker prepare"):
+        build_mini(**variables)
+
+
+@torch.inference_mode()
+def test_a_file_that_is_cut_off_while_it_serves_is_an_error_and_no_wrong_number(
+    tmp_path: Path,
+) -> None:
+    expected, blocks = run(layers("bf16")), layers("bf16")
+    held, paths = {}, []
+    for number in range(5):
+        one = Held.of(list(slots(blocks[number])), CPU)
+        assert isinstance(one.host, Pinned)
+        paths.append(tmp_path / str(number))
+        paths[-1].write_bytes(bytes_of(one.host.memory))
+        size = len(one.host.memory)
+        held[number] = Held(one.slots, one.layout, OnDisk(paths[-1], 0, size))
+    blocks.stream(held, CPU)
+    for until in (99, 2, 99, 1, 99):
+        assert until != 99 or torch.equal(run(blocks), expected)
+        run(blocks, until)
+    whole = paths[3].read_bytes()
+    paths[3].write_bytes(whole[:-1])
+    for _ in range(2):
+        with pytest.raises(ModelMismatch, match="3 cannot be read any more"):
+            run(blocks)
+    paths[3].write_bytes(whole)
+    assert torch.equal(run(blocks), expected)
 
 
 def edit(model: Model) -> Tensor:

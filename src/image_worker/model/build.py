@@ -143,6 +143,12 @@ def _start(
 ) -> Model:
     """Loads as planned, tries the model, and keeps its weights for the next start."""
     store = Store(recipe, decided)
+    if decided.from_disk and not store.is_there:
+        raise DoesNotFit(
+            "the host's memory does not hold the weights that pass through the card, and none are "
+            "prepared: run `python -m image_worker prepare` on a machine with more memory, with "
+            "the same settings and the same MODEL_DIR"
+        )
     try:
         model = _load(recipe, store, decided, cold_start)
     finally:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from image_worker.errors import ModelMismatch
 from image_worker.model.packed import Slot
-from image_worker.model.pinned import Pinned
+from image_worker.model.pinned import OnDisk, Pinned
 from image_worker.model.prepared import Prepared, digest
 from image_worker.model.stream import Held
 from image_worker.model.tensor_file import TensorFile, bytes_of, read_into
@@ -38,10 +38,13 @@ class Reading:
         names: Iterable[str],
         device: torch.device,
         streamed: Set[str] = frozenset(),
+        *,
+        from_disk: bool = False,
     ) -> None:
         """Begins. names: of files, without their ending, in the order in which they are needed.
 
-        streamed: those that are read to the host, from where they will pass through the device.
+        streamed: those that are read to the host, from where they will pass through the device;
+        from_disk: these are only checked now, and read again at every pass.
 
         Raises:
             ModelMismatch: a file is missing or its header damaged; says which.
@@ -50,15 +53,15 @@ class Reading:
         self._files = {name: prepared.open(f"{name}.safetensors") for name in names}
         if device.type == "cuda":
             torch.cuda.synchronize()  # the memory that is filled may be in use still
-        self._pinned = {
-            name: Pinned(file.layout.size) for name, file in self._files.items() if name in streamed
-        }
-        self._memory = {
-            name: self._pinned[name].memory
-            if name in streamed
-            else torch.empty(file.layout.size, dtype=torch.uint8, device=device)
-            for name, file in self._files.items()
-        }
+        self._places: dict[str, Tensor | Pinned | OnDisk] = {}
+        for name, file in self._files.items():
+            size = file.layout.size
+            if name not in streamed:
+                self._places[name] = torch.empty(size, dtype=torch.uint8, device=device)
+            elif from_disk:
+                self._places[name] = OnDisk(file.path, file.start, size)
+            else:
+                self._places[name] = Pinned(size)
         total = sum(file.layout.size for file in self._files.values())
         self._bar = tqdm(total=total, desc="load", unit="B", unit_scale=True, disable=None)
         self._threads = ThreadPoolExecutor(_THREADS)
@@ -78,12 +81,13 @@ class Reading:
             if file is None:
                 raise ModelMismatch(f"{name}.safetensors is missing")
             _check_names(name, file, slots)
-            memory = self._whole(name)
-            if name in self._pinned:
-                self._pinned[name].lock(self._device)
-                held[name] = Held(slots, file.layout, self._pinned[name])
-            else:
-                file.layout.fill(slots, memory)
+            place = self._whole(name)
+            if isinstance(place, Tensor):
+                file.layout.fill(slots, place)
+                continue
+            if isinstance(place, Pinned):
+                place.lock(self._device)
+            held[name] = Held(slots, file.layout, place)
         return held
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -93,44 +97,47 @@ class Reading:
             ModelMismatch: it is damaged.
         """
         memory = self._whole(name)
+        assert isinstance(memory, Tensor)
         return {part.name: part.of(memory) for part in self._files[name].layout.parts}
 
     def close(self) -> None:
         """Ends it, also where it is not done."""
         self._threads.shutdown(cancel_futures=True)
         self._bar.close()
-        self._memory.clear()
-        self._pinned.clear()
+        self._places.clear()
 
-    def _whole(self, name: str) -> Tensor:
+    def _whole(self, name: str) -> Tensor | Pinned | OnDisk:
         for piece in self._work[name]:
             piece.result()
-        return self._memory[name]
+        return self._places[name]
 
     def _begin(self, prepared: Prepared, name: str) -> list[Future[None]]:
         facts = prepared.files[f"{name}.safetensors"]
-        file, memory = self._files[name], self._memory[name]
+        file, place = self._files[name], self._places[name]
+        memory = place.memory if isinstance(place, Pinned) else place
         work = []
-        for number, start in enumerate(range(0, len(memory), prepared.chunk)):
-            part = memory[start : start + prepared.chunk]
-            piece = _Piece(file, name, file.start + start, facts.sums[1 + number], part)
+        for number, start in enumerate(range(0, file.layout.size, prepared.chunk)):
+            size = min(prepared.chunk, file.layout.size - start)
+            part = memory[start : start + size] if isinstance(memory, Tensor) else None
+            piece = _Piece(file, name, file.start + start, size, facts.sums[1 + number], part)
             work.append(self._threads.submit(self._read, piece))
         return work
 
     def _read(self, piece: _Piece) -> None:
         _read_piece(piece, self._device, self._own)
-        self._bar.update(len(piece.memory))
+        self._bar.update(piece.size)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes of a file, from `start` on, their checksum, and where they belong."""
+    """Bytes of a file, from `start` on, their checksum, and where they belong, if anywhere."""
 
     file: TensorFile
     name: str
     start: int
+    size: int
     checksum: str
-    memory: Tensor
+    memory: Tensor | None
 
 
 def _check_names(name: str, file: TensorFile, slots: Sequence[Slot]) -> None:
@@ -147,16 +154,19 @@ def _check_names(name: str, file: TensorFile, slots: Sequence[Slot]) -> None:
 
 def _read_piece(piece: _Piece, device: torch.device, own: Any) -> None:
     """On the host, straight to its place; to a card, by way of this thread's pinned memory."""
-    if piece.memory.device.type != "cuda":
+    if piece.memory is not None and piece.memory.device.type != "cuda":
         _fetch(piece, piece.memory)
         return
+    on_card = device.type == "cuda"
     if not hasattr(own, "memory"):
         own.memory = torch.empty(0, dtype=torch.uint8)
-        own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    if len(own.memory) < len(piece.memory):
-        own.memory = torch.empty(len(piece.memory), dtype=torch.uint8, pin_memory=True)
-    memory = own.memory[: len(piece.memory)]
+        own.stream = torch.cuda.Stream(device) if on_card else None  # type: ignore[no-untyped-call]
+    if len(own.memory) < piece.size:
+        own.memory = torch.empty(piece.size, dtype=torch.uint8, pin_memory=on_card)
+    memory = own.memory[: piece.size]
     _fetch(piece, memory)
+    if piece.memory is None:
+        return
     with torch.cuda.stream(own.stream):
         piece.memory.copy_(memory, non_blocking=True)
     own.stream.synchronize()

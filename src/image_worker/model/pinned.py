@@ -1,13 +1,16 @@
-"""Host memory that a card copies from by itself: page-locked, and no more than was asked for."""
+"""Where weights wait that pass through the card: in page-locked memory of the host, or on disk."""
 
 from __future__ import annotations
 
+import os
 import weakref
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from image_worker.errors import DoesNotFit
+from image_worker.errors import DoesNotFit, ModelMismatch
+from image_worker.model.tensor_file import read_into
 
 _PAGE = 4096
 
@@ -47,3 +50,26 @@ class Pinned:
 def _unlock(memory: Tensor) -> None:
     """Keeps `memory` until here."""
     torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+
+
+class OnDisk:
+    """Bytes of a file, which is read whenever they are needed.
+
+    The file is held open: it may lose its name meanwhile.
+    """
+
+    def __init__(self, path: Path, start: int, size: int) -> None:
+        self._name, self._start, self.size = path.name, start, size
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, memory: Tensor) -> None:
+        """Into `memory` (bytes, of this size, on the host).
+
+        Raises:
+            ModelMismatch: the file cannot be read.
+        """
+        try:
+            read_into(self._descriptor, memory, self._start)
+        except OSError as error:
+            raise ModelMismatch(f"{self._name} cannot be read any more: {error}") from error

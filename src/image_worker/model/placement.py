@@ -13,6 +13,7 @@ import torch
 
 from image_worker.compute import POSSIBLE, automatic
 from image_worker.errors import DoesNotFit
+from image_worker.model.host import free_host_memory
 from image_worker.model.stream import BUFFERS
 from image_worker.settings import Precision, Settings
 
@@ -36,6 +37,8 @@ RESERVE = GIB // 2
 # pass serves a batch of four small pictures as well as one of the usual size.
 SHARED_TOKENS = 10_240
 
+HOST_RESERVE = 2 * GIB  # of the host's memory: for pictures, prompts and the libraries
+
 # CPUs, in torch's words, on which a product in bf16 takes 7 times as long as in float32.
 _SLOW_IN_BF16 = ("DEFAULT", "NO AVX", "AVX2")
 
@@ -44,13 +47,15 @@ _SLOW_IN_BF16 = ("DEFAULT", "NO AVX", "AVX2")
 class Hardware:
     """What the plan needs to know of the machine. Without a card, memory is not planned.
 
-    capability: the card's compute capability.
+    free, host: bytes of the card and of the host that can still be had; capability: the card's
+    compute capability.
     """
 
     name: str
     free: int | None = None
     has_bf16: bool = True
     capability: tuple[int, int] | None = None
+    host: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +80,7 @@ def detect_hardware(settings: Settings) -> Hardware:
         free=free,
         has_bf16=capability >= (8, 0),
         capability=capability,
+        host=free_host_memory(),
     )
 
 
@@ -111,6 +117,7 @@ class Plan:
     """What was decided, and what it is forecast to take. None: memory is not planned.
 
     streamed: units of blocks that pass through the card, such as "transformer/blocks.07";
+    from_disk: they are read at every pass, since the host has no memory for them;
     weights: bytes of the card that weights take, buffers for passing ones included;
     max_tokens: tokens in one forward of the transformer; most_tokens: if no block stayed;
     max_pixels: the largest picture that the VAE takes without tiles; peak: forecast bytes for the
@@ -119,6 +126,7 @@ class Plan:
 
     precision: Precision
     streamed: frozenset[str] = frozenset()
+    from_disk: bool = False
     weights: int | None = None
     max_tokens: int | None = None
     most_tokens: int | None = None
@@ -139,7 +147,8 @@ class Plan:
             name = unit.rpartition(".")[0]
             counts[name] = counts.get(name, 0) + 1
         passing = ", ".join(f"{count} of {name}" for name, count in sorted(counts.items()))
-        return f"blocks that pass through the card: {passing}"
+        source = "from disk at every pass" if self.from_disk else "from the host"
+        return f"blocks that pass through the card, {source}: {passing}"
 
     def streams(self, component: str) -> bool:
         """Whether any of a component's blocks passes through the card."""
@@ -191,13 +200,32 @@ def plan(
         if found.peak <= share * free:
             if tried and found.streamed and len(precisions) == 1:
                 log.warning("%s; so some of it passes through the card", "; ".join(tried))
-            return found
+            return _with_source(found, sizes[found.precision], hardware)
         places = "in passing" if found.streamed else "on the card"
         tried.append(f"{found.precision} {places} takes {found.peak / GIB:.1f} GiB")
     raise DoesNotFit(
         f"the model does not fit: {free / GIB:.1f} GiB are free on {hardware.name}; "
         + "; ".join(tried)
     )
+
+
+def _with_source(found: Plan, sizes: Sizes, hardware: Hardware) -> Plan:
+    """What passes comes from the host's memory, if that has room for it."""
+    named = {
+        f"{name}.{number:02d}": size
+        for name, blocks in sizes.blocks.items()
+        for number, size in enumerate(blocks)
+    }
+    needed = sum(named[unit] for unit in found.streamed) + HOST_RESERVE
+    if not found.streamed or hardware.host is None or needed <= hardware.host:
+        return found
+    log.warning(
+        "%.1f GiB of the host's memory are needed for what passes through the card, and %.1f are "
+        "free: it is read from disk, every time, which is slow",
+        needed / GIB,
+        hardware.host / GIB,
+    )
+    return replace(found, from_disk=True)
 
 
 def _precisions(settings: Settings, hardware: Hardware) -> list[Precision]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -41,7 +40,7 @@ class Store:
         self._facts = self._made_of()
         self._folder = recipe.settings.model_dir / "prepared" / prepared.key(self._facts)
         self._found = self._find() if self._wanted else None
-        self._begin(decided.streamed)
+        self._begin(decided)
 
     @property
     def is_to_write(self) -> bool:
@@ -106,7 +105,7 @@ class Store:
             self._discard(error)
             return None
 
-    def _begin(self, streamed: Set[str]) -> None:
+    def _begin(self, decided: Plan) -> None:
         """To read them, if they are there."""
         if self._found is None:
             return
@@ -118,7 +117,13 @@ class Store:
             if name.startswith(f"{component.name}/")
         ]
         try:
-            self._reading = Reading(self._found, names, self._recipe.device, streamed)
+            self._reading = Reading(
+                self._found,
+                names,
+                self._recipe.device,
+                decided.streamed,
+                from_disk=decided.from_disk,
+            )
         except ModelMismatch as error:
             self._discard(error)
 

@@ -8,15 +8,17 @@ last block come the first ones of the next pass, so that a pass begins with its 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from image_worker.errors import ModelMismatch
 from image_worker.model.packed import Layout, Slot, slots
-from image_worker.model.pinned import Pinned
+from image_worker.model.pinned import OnDisk, Pinned
 
 BUFFERS = 2  # one is computed with, one is filled
 
@@ -27,7 +29,7 @@ class Held:
 
     slots: Sequence[Slot]
     layout: Layout
-    host: Pinned
+    host: Pinned | OnDisk
 
     @classmethod
     def of(cls, slots: Sequence[Slot], device: torch.device) -> Held:
@@ -103,7 +105,8 @@ class Blocks(nn.ModuleList):
     def at_home(self) -> Iterator[None]:
         """Meanwhile, all of them refer to the host's copies of what passes."""
         for held in self._held.values():
-            held.layout.fill(held.slots, held.host.memory)
+            if isinstance(held.host, Pinned):
+                held.layout.fill(held.slots, held.host.memory)
         try:
             yield
         finally:
@@ -125,10 +128,17 @@ class _Passage:
         self._queue: list[Held] = []
         self._present: int | None = None  # which of them is there, or on its way
         self._arrived, self._left = _event(stream), _event(stream)
+        self._reader: ThreadPoolExecutor | None = None
+        self._read: Future[None] | None = None
+        self._between: Pinned | None = None  # where what is read from disk waits for its copy
 
     def serve(self, queue: list[Held]) -> None:
         """These pass, from now on."""
         self._queue, self._present = queue, None
+        if self._reader is None and any(isinstance(held.host, OnDisk) for held in queue):
+            self._between = Pinned(len(self._memory))
+            self._between.lock(self._device)
+            self._reader = ThreadPoolExecutor(1, "weights")
         self.fill()
 
     def fill(self) -> None:
@@ -137,9 +147,20 @@ class _Passage:
             held.layout.fill(held.slots, self._memory)
 
     def bring(self, index: int) -> None:
-        """Has the card wait until that one's weights are there."""
+        """Has the card wait until that one's weights are there.
+
+        Raises:
+            ModelMismatch: they are on disk, and cannot be read any more.
+        """
         if self._present != index:  # the first pass, or one that was given up before its end
             self.leave(following=index)
+        if self._read is not None:
+            read, self._read = self._read, None
+            try:
+                read.result()
+            except ModelMismatch:
+                self._present = None
+                raise
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_event(self._arrived)
 
@@ -150,12 +171,32 @@ class _Passage:
             following = (self._present + 1) % len(self._queue)
         if following == self._present:
             return
-        memory = self._queue[following].host.memory
-        self._present = following
+        if self._read is not None:  # for a pass that was given up
+            wait([self._read])
+        host, self._present = self._queue[following].host, following
+        if self._stream is not None:
+            self._left.record(torch.cuda.current_stream(self._device))
+        if isinstance(host, Pinned):
+            self._copy(host.memory)
+            self._read = None
+        else:
+            assert self._reader is not None
+            self._read = self._reader.submit(self._fetch, host)
+
+    def _fetch(self, host: OnDisk) -> None:
+        """On the reader's thread."""
+        assert self._between is not None
+        if self._stream is not None:
+            self._arrived.synchronize()  # the copy of what was read before
+        memory = self._between.memory[: host.size]
+        host.read(memory)
+        self._copy(memory)
+
+    @torch.inference_mode()  # in which the memory may have been allocated
+    def _copy(self, memory: Tensor) -> None:
         if self._stream is None:
             self._memory[: len(memory)].copy_(memory)
             return
-        self._left.record(torch.cuda.current_stream(self._device))
         self._stream.wait_event(self._left)
         with torch.cuda.stream(self._stream):
             self._memory[: len(memory)].copy_(memory, non_blocking=True)
