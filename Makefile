@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests tools handler.py
 
-.PHONY: run test check format test-gpu bench bench-forward bench-job bench-cold-start bench-memory bench-quality bench-load bench-loop-lag bench-throughput miniature image clean
+.PHONY: run test check format test-gpu bench bench-forward bench-job bench-cold-start bench-memory bench-streaming bench-quality bench-load bench-loop-lag bench-throughput miniature image clean
 
 run: $(VENV)/run.stamp  ## set up, and edit one picture (on the miniature where there is no GPU)
 	$(BIN)/python handler.py --test_input "$$(cat test_input.json)"
@@ -39,8 +39,12 @@ bench-job: $(VENV)/dev.stamp  ## a whole job, JSON in to PNG out, by stage
 bench-cold-start: $(VENV)/dev.stamp  ## from a process' start to its first picture, ours and stock
 	$(BIN)/python -m image_worker.bench.cold_start bench-checkpoint
 
-bench-memory: $(VENV)/dev.stamp  ## cold start, memory and speed by PRECISION_MODE, CPU_OFFLOAD and GPU_MAX_GIB
+bench-memory: $(VENV)/dev.stamp  ## cold start, memory and speed by PRECISION_MODE and GPU_MAX_GIB
 	$(BIN)/python -m image_worker.bench.full_size bench-checkpoint
+
+bench-streaming: $(VENV)/dev.stamp  ## forwards whose weights pass through the card, diffusers' way and ours
+	$(BIN)/python -m image_worker.bench.streaming --resident --gib 6 4 2
+	$(BIN)/python -m image_worker.bench.streaming --precision bf16 --stock --gib 24 --limit
 
 bench-quality: $(VENV)/dev.stamp  ## which held-out edits the miniature passes, per precision and sampler
 	$(BIN)/python -m tools.miniature.quality bench-quality
