@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
 
 from image_worker.edit import conditions
-from image_worker.edit.conditions import tiles_where_needed
+from image_worker.edit.conditions import tile_side
 from image_worker.edit.decode import decode
 from image_worker.edit.denoise import start
 from image_worker.model.build import Model
@@ -23,14 +22,9 @@ def with_room_for(pixels: int | None) -> Model:
     return dataclasses.replace(model, plan=plan, encodings=Remembered(0))
 
 
-@pytest.mark.parametrize(
-    ("limit", "tiled"), [(None, False), (640 * 640, False), (640 * 640 - 1, True)]
-)
-def test_memory_decides(limit: int | None, tiled: bool) -> None:
-    model: Any = with_room_for(limit)
-    with tiles_where_needed(model, 640 * 640):
-        assert model.vae.use_tiling is tiled
-    assert model.vae.use_tiling is False
+@pytest.mark.parametrize(("limit", "side"), [(None, None), (640 * 640, None), (640 * 640 - 1, 512)])
+def test_memory_decides(limit: int | None, side: int | None) -> None:
+    assert tile_side(with_room_for(limit), 640 * 640) == side
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ from image_worker.model.lora import Lora
 from image_worker.model.tensor_file import TensorFile
 
 Rename = Callable[[str], str | None]
+Cut = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ def load(
     device: torch.device,
     *,
     rename: Rename = lambda name: name,
+    cut: Cut = lambda tensor: tensor,
     loras: Sequence[Lora] = (),
     label: str = "",
 ) -> None:
     """Fills `module`, whose parameters are on the meta device, from safetensors `files`.
 
-    rename: the module's name for a checkpoint's tensor, or None for one that is not needed.
+    rename: the module's name for a checkpoint's tensor, or None for one that is not needed;
+    cut: the part of a checkpoint's tensor that is needed.
 
     Raises:
         ModelMismatch: a tensor without a place, a place without a tensor, a shape that differs, or
@@ -67,6 +70,7 @@ def load(
         if target not in missing:
             raise ModelMismatch(f"{label}: the checkpoint has {name}, which the model has not")
         missing.remove(target)
+        tensor = cut(tensor)
         _check_shape(module, target, tensor.shape)
         if not storage.on_disk(target.rpartition(".")[0]):
             _place(module, target, tensor, storage, device, loras)
@@ -151,7 +155,12 @@ def _place(
     module.set_submodule(path, layer)
 
 
-def stored_bytes(files: list[Path], storage: Storage, rename: Rename = lambda name: name) -> int:
+def stored_bytes(
+    files: list[Path],
+    storage: Storage,
+    rename: Rename = lambda name: name,
+    cut: Cut = lambda tensor: tensor,
+) -> int:
     """What `load` will keep on the device, in bytes, from the files' headers alone.
 
     Raises:
@@ -160,9 +169,10 @@ def stored_bytes(files: list[Path], storage: Storage, rename: Rename = lambda na
     total = 0
     for file in files:
         for name, part in TensorFile.open(file).parts.items():
-            target, shape = rename(name), part.shape
+            target = rename(name)
             if target is None:
                 continue
+            shape = cut(torch.empty(part.shape, device="meta")).shape
             path, _, leaf = target.rpartition(".")
             if storage.on_disk(path):
                 continue
