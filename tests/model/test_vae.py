@@ -142,12 +142,12 @@ def test_nothing_that_only_joins_frames_is_kept(random: Any, tmp_path: Path) -> 
     save_file(stock.state_dict(), tmp_path / "vae.safetensors")
     with torch.device("meta"):
         ours = Vae(VaeConfig.parse(stock.config))
-    storage = weights.Storage(torch.bfloat16, None, lambda _: False)
+    storage = weights.Storage(torch.float32, None, lambda _: False)
     files = [tmp_path / "vae.safetensors"]
     weights.load(ours, files, storage, CPU, rename=VAE.rename, cut=VAE.cut)
     kept, there = (sum(p.nbytes for p in vae.parameters()) for vae in (ours, stock))
     assert kept == weights.stored_bytes(files, storage, VAE.rename, VAE.cut)
-    assert kept < 0.45 * there / 2
+    assert kept < 0.45 * there
     for parameter in ours.parameters():
         assert parameter.untyped_storage().nbytes() == parameter.nbytes, "a slice of what was there"
 

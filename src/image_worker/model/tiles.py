@@ -37,9 +37,9 @@ def in_tiles(run: Callable[[Tensor], Tensor], x: Tensor, side: int, made: int) -
 def _fade(before: Tensor, after: Tensor, overlap: int, dim: int) -> None:
     """From the end of `before` to the beginning of `after` along `dim` (-2 or -1), in the latter.
 
-    At an edge of the picture either may be smaller than the overlap.
+    Where `after` is smaller than the overlap, `before` ends with it, at the picture's edge.
     """
-    overlap = min(overlap, before.shape[dim], after.shape[dim])
+    overlap = min(overlap, after.shape[dim])
     share = torch.arange(overlap, device=after.device, dtype=torch.float32) / overlap
     if dim == -2:
         share = share[:, None]
