@@ -43,7 +43,7 @@ def build_mini(
 def read_mini(
     component: Component, dtype: torch.dtype, precision: Precision = "bf16", *, lora: bool = True
 ) -> Any:
-    """A component of the miniature as its library has it, the transformer with Lightning merged."""
+    """A component of the miniature as its checkpoint has it, with Lightning merged."""
     settings = Settings.from_env({})
     loras = (MINI_FOLDER / MINI.lightning[8].path,) if lora else ()
     recipe = Recipe(settings, MINI, MINI_FOLDER, loras, torch.device("cpu"), dtype)

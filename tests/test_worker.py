@@ -322,8 +322,8 @@ def test_numbers_that_overflow_are_no_picture(worker: Worker, monkeypatch: Any) 
 
 
 def test_a_vae_that_overflows_makes_no_picture(worker: Worker, monkeypatch: Any) -> None:
-    def overflow(latents: Any, **_: Any) -> Any:
-        return (torch.full((1, 3, 1, 128, 128), float("nan")),)
+    def overflow(*_: Any) -> Any:
+        return torch.full((1, 3, 128, 128), float("nan"))
 
     monkeypatch.setattr(worker.model.vae, "decode", overflow)
     error = worker.run_blocking(job())["error"]

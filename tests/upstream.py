@@ -1,11 +1,13 @@
-"""The oracle: diffusers' own pipelines, at the miniature's picture areas."""
+"""The oracle: diffusers' own modules, and its pipelines at the miniature's picture areas."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as edit_plus
 import torch
+from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 
 from image_worker.bench.stock import (
@@ -17,6 +19,8 @@ from image_worker.bench.stock import (
     mend,
 )
 from image_worker.catalog import ModelEntry
+from image_worker.model.configs import PATCH, TransformerConfig
+from image_worker.model.skeleton import Skeleton
 
 __all__ = [
     "PilProcessor",
@@ -26,7 +30,22 @@ __all__ = [
     "image_pipeline",
     "lightning_scheduler",
     "mend",
+    "options",
+    "transformer",
 ]
+
+
+def options(config: TransformerConfig) -> dict[str, Any]:
+    """A configuration as diffusers' module takes it."""
+    return dataclasses.asdict(config) | {"out_channels": config.in_channels // PATCH**2}
+
+
+def transformer(source: Skeleton) -> Any:
+    """diffusers' module with the weights of ours, or with those of its blocks that are left."""
+    blocks = len(source.transformer_blocks)
+    made = QwenImageTransformer2DModel(**options(source.config) | {"num_layers": blocks})
+    made.load_state_dict(source.state_dict(), assign=True)
+    return made.eval().requires_grad_(False)
 
 
 def edit(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 
 from image_worker.edit import conditions
 from image_worker.edit.conditions import Conditions
@@ -75,8 +77,19 @@ def test_what_was_encoded_before_is_not_encoded_again(monkeypatch: pytest.Monkey
     assert encode("blur it", 2)[1] == ["text_encoder"] * 2 + ["vae"]
 
 
+@pytest.mark.parametrize("size", [(300, 200), (40, 64)])
+def test_pictures_are_reduced_as_upstream_does(size: tuple[int, int]) -> None:
+    model, image = mini_model(), make_picture(*size)
+    found = conditions.as_reference(model, image)
+    height, width, _ = found.pixels.shape
+    stock = VaeImageProcessor(vae_scale_factor=16)
+    assert np.array_equal(found.pixels, stock.resize(image, height, width))
+    assert found.seen.size != image.size
+    assert np.array_equal(found.seen, stock.resize(image, found.seen.height, found.seen.width))
+
+
 def test_unpack_undoes_pack() -> None:
-    latents = torch.randn(1, 16, 1, 6, 10)
+    latents = torch.randn(1, 16, 6, 10)
     assert torch.equal(conditions.unpack(conditions.pack(latents), (1, 3, 5)), latents)
 
 

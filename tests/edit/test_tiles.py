@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
 
 from image_worker.edit import conditions
-from image_worker.edit.conditions import tiles_where_needed
 from image_worker.edit.decode import decode
 from image_worker.edit.denoise import start
+from image_worker.edit.tiles import through_vae
+from image_worker.errors import OutOfMemory
 from image_worker.model.build import Model
 from image_worker.model.remembered import Remembered
 from tests.conftest import make_picture, mini_model
@@ -23,14 +23,34 @@ def with_room_for(pixels: int | None) -> Model:
     return dataclasses.replace(model, plan=plan, encodings=Remembered(0))
 
 
-@pytest.mark.parametrize(
-    ("limit", "tiled"), [(None, False), (640 * 640, False), (640 * 640 - 1, True)]
-)
-def test_memory_decides(limit: int | None, tiled: bool) -> None:
-    model: Any = with_room_for(limit)
-    with tiles_where_needed(model, 640 * 640):
-        assert model.vae.use_tiling is tiled
-    assert model.vae.use_tiling is False
+@pytest.mark.parametrize(("limit", "side"), [(None, None), (640 * 640, None), (640 * 640 - 1, 512)])
+def test_the_plan_decides(limit: int | None, side: int | None) -> None:
+    sides: list[int | None] = []
+    through_vae(with_room_for(limit), 640 * 640, lambda tile: noted(tile, sides))
+    assert sides == [side]
+
+
+def noted(tile: int | None, sides: list[int | None], fails: int = 0) -> torch.Tensor:
+    sides.append(tile)
+    if len(sides) <= fails:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return torch.empty(0)
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_where_memory_runs_out_tiles_are_tried_and_then_room_is_made(
+    fails: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides: list[int | None] = []
+    rooms = [True, False]
+    monkeypatch.setattr(Model, "make_room", lambda _: rooms.pop(0))
+    if fails == 3:
+        with pytest.raises(OutOfMemory):
+            through_vae(with_room_for(None), 640 * 640, lambda tile: noted(tile, sides, fails))
+    else:
+        through_vae(with_room_for(None), 640 * 640, lambda tile: noted(tile, sides, fails))
+    assert sides == [None, 512, 512][: fails + 1]
+    assert len(rooms) == 3 - len(sides) if fails < 3 else not rooms
 
 
 @torch.inference_mode()

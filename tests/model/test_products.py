@@ -21,6 +21,7 @@ from image_worker.model.attention import Attention, Int8
 from image_worker.model.components import TRANSFORMER
 from image_worker.model.transformer import ROUND_TO, Row, Transformer, velocities
 from image_worker.settings import Precision
+from tests import upstream
 from tests.conftest import read_mini
 from tests.model.test_quantised import stored
 
@@ -51,7 +52,7 @@ def stock(source: Any, given: Row) -> Tensor:
             wide.weight, wide.bias = nn.Parameter(stored(layer)), layer.bias
             source.transformer_blocks.set_submodule(name, wide)
     _, height, width = given.shapes[0]
-    output = source(
+    output = upstream.transformer(source)(
         hidden_states=given.image[None],
         encoder_hidden_states=given.text[None],
         timestep=torch.tensor([given.timestep]),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +16,11 @@ from torch import Tensor
 from image_worker.edit import sizes
 from image_worker.edit.batching import Length
 from image_worker.edit.latents import statistics
+from image_worker.edit.tiles import through_vae
 from image_worker.errors import InvalidRequest
 from image_worker.model.build import Model
+from image_worker.model.embeddings import Shape
 from image_worker.model.memory import with_room
-from image_worker.model.placement import TILE_SIDE
-from image_worker.model.transformer import Shape
 
 MAX_PROMPT_TOKENS = 1024
 _IMAGE_PAD = "<|image_pad|>"
@@ -164,20 +163,21 @@ def check_prompt(model: Model, prompt: str, field: str) -> None:
 
 def as_reference(model: Model, image: Image.Image) -> Reference:
     """Reduces an RGB picture; may be called from any thread."""
-    from diffusers.image_processor import VaeImageProcessor  # not while the model is being loaded
-
-    processor = VaeImageProcessor(vae_scale_factor=sizes.TOKEN)
     ratio = image.width / image.height
     width, height = sizes.fit_area(model.entry.area, ratio)
     with ThreadPoolExecutor(1) as beside:  # Pillow lets go of the interpreter while it resizes
-        fitting = beside.submit(processor.resize, image, height, width)
+        fitting = beside.submit(_resize, image, (width, height))
         if model.entry.vision_area is not None:
-            seen_width, seen_height = sizes.fit_area(model.entry.vision_area, ratio)
-            seen = processor.resize(image, seen_height, seen_width)
+            seen = _resize(image, sizes.fit_area(model.entry.vision_area, ratio))
         fitted = fitting.result()
     if model.entry.vision_area is None:  # the first Edit model shows both the same picture
         seen = fitted
     return Reference(ratio, seen, torch.from_numpy(np.array(fitted)), _hash(fitted, seen))
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """To `size` (width, height), as upstream's `VaeImageProcessor`."""
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _hash(*images: Image.Image) -> bytes:
@@ -231,34 +231,19 @@ def _encode_picture(model: Model, reference: Reference) -> Tensor:
 
     def run() -> Tensor:
         height, width, _ = reference.pixels.shape
-        pixels = reference.pixels.to(model.device).permute(2, 0, 1)[None, :, None]
+        pixels = reference.pixels.to(model.device).permute(2, 0, 1)[None]
         # In the stock processor's order, so that they round alike.
         pixels = (2 * (pixels.float() / 255) - 1).to(model.dtype).contiguous()
-        with tiles_where_needed(model, width * height):
-            posterior = model.vae.encode(pixels).latent_dist
+        latents = through_vae(model, width * height, lambda tile: model.vae.encode(pixels, tile))
         mean, deviation = statistics(model.vae, model.device, model.dtype)
-        return pack((posterior.mode() - mean) / deviation)
+        return pack((latents - mean) / deviation)
 
     return model.encodings.get(b"picture" + reference.key, run, model.device)
 
 
-@contextmanager
-def tiles_where_needed(model: Model, pixels: int) -> Iterator[None]:
-    """Has the VAE work in tiles for the time being, if a picture of `pixels` needs them to fit."""
-    if model.plan.max_pixels is None or pixels <= model.plan.max_pixels:
-        yield
-        return
-    stride = TILE_SIDE * 3 // 4
-    model.vae.enable_tiling(TILE_SIDE, TILE_SIDE, stride, stride)
-    try:
-        yield
-    finally:
-        model.vae.disable_tiling()
-
-
 def pack(latents: Tensor) -> Tensor:
-    """(1, channels, 1, rows, columns) to (rows/2 · columns/2, 4 · channels): 2×2 patches."""
-    _, channels, _, rows, columns = latents.shape
+    """(1, channels, rows, columns) to (rows/2 · columns/2, 4 · channels): 2×2 patches."""
+    _, channels, rows, columns = latents.shape
     patches = latents.view(channels, rows // 2, 2, columns // 2, 2)
     return patches.permute(1, 3, 0, 2, 4).reshape(rows // 2 * columns // 2, 4 * channels)
 
@@ -268,4 +253,4 @@ def unpack(tokens: Tensor, shape: Shape) -> Tensor:
     _, rows, columns = shape
     channels = tokens.shape[-1] // 4
     patches = tokens.view(rows, columns, channels, 2, 2).permute(2, 0, 3, 1, 4)
-    return patches.reshape(1, channels, 1, 2 * rows, 2 * columns)
+    return patches.reshape(1, channels, 2 * rows, 2 * columns)

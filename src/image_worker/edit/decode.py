@@ -7,10 +7,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from image_worker.edit.conditions import tiles_where_needed, unpack
+from image_worker.edit.conditions import unpack
 from image_worker.edit.denoise import Picture
 from image_worker.edit.latents import statistics
 from image_worker.edit.sizes import TOKEN
+from image_worker.edit.tiles import through_vae
 from image_worker.errors import BrokenPicture
 from image_worker.model.build import Model
 
@@ -29,8 +30,9 @@ def decode(model: Model, picture: Picture) -> Image.Image:
 def decode_pixels(model: Model, picture: Picture) -> Tensor:
     """The same as (height, width, 3) uint8 on the CPU."""
     _, rows, columns = picture.shape
-    with tiles_where_needed(model, rows * columns * TOKEN**2):
-        return _decode(model, unpack(picture.latents, picture.shape))
+    latents = unpack(picture.latents, picture.shape)
+    pixels = rows * columns * TOKEN**2
+    return through_vae(model, pixels, lambda tile: _decode(model, latents, tile))
 
 
 def preview(model: Model, picture: Picture) -> Tensor:
@@ -39,15 +41,18 @@ def preview(model: Model, picture: Picture) -> Tensor:
     answer = picture.latents - picture.levels[picture.step] * picture.velocity
     latents = unpack(answer, picture.shape)
     factor = max(1, -(-max(latents.shape[-2:]) // _PREVIEW_SIDE))
-    return _decode(model, functional.avg_pool2d(latents[:, :, 0], factor)[:, :, None])
+    return _decode(model, functional.avg_pool2d(latents, factor))
 
 
 @torch.inference_mode()
-def _decode(model: Model, latents: Tensor) -> Tensor:
-    """(1, channels, 1, rows, columns), normalised, to pixels (8 · rows, 8 · columns, 3)."""
+def _decode(model: Model, latents: Tensor, tile: int | None = None) -> Tensor:
+    """(1, channels, rows, columns), normalised, to pixels (8 · rows, 8 · columns, 3).
+
+    tile: as of `Vae.decode`.
+    """
     mean, deviation = statistics(model.vae, model.device, model.dtype)
     # In upstream's order of operations, so that bf16 rounds alike.
-    values = model.vae.decode(latents / (1.0 / deviation) + mean, return_dict=False)[0][0, :, 0]
+    values = model.vae.decode(latents / (1.0 / deviation) + mean, tile)[0]
     if not torch.isfinite(values).all():
         raise BrokenPicture("the VAE's numbers overflowed; BNB_COMPUTE=bf16 may help")
     shares = (values * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float()

@@ -18,8 +18,9 @@ from image_worker.edit.schedule import sigmas
 from image_worker.edit.sizes import tokens
 from image_worker.errors import BrokenPicture, OutOfMemory
 from image_worker.model.build import Model
+from image_worker.model.embeddings import Shape
 from image_worker.model.memory import with_room
-from image_worker.model.transformer import Row, Shape, velocities
+from image_worker.model.transformer import Row, velocities
 
 Progress = Callable[[int, int], None]
 

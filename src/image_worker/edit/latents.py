@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def statistics(vae: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents, each (1, channels, 1, 1, 1)."""
+    """Mean and standard deviation of the latents, each (1, channels, 1, 1)."""
     mean, deviation = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(device, dtype)
+        torch.tensor(values).view(1, -1, 1, 1).to(device, dtype)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, deviation

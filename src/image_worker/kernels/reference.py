@@ -130,8 +130,8 @@ def to_joint_heads(
     queries, keys = (
         torch.cat(
             [
-                _rms_norm(parts[:text_tokens, part], norms[0, part]),
-                _rms_norm(parts[text_tokens:, part], norms[1, part]),
+                rms_norm(parts[:text_tokens, part], norms[0, part]),
+                rms_norm(parts[text_tokens:, part], norms[1, part]),
             ]
         )
         for part in (0, 1)
@@ -141,7 +141,8 @@ def to_joint_heads(
     return _rotate(queries, rope)[stream], _rotate(keys, rope)[stream], parts[stream, 2]
 
 
-def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm (arXiv:1910.07467): x (..., W) over the root of its mean square, times weight (W)."""
     variance = x.float().pow(2).mean(-1, keepdim=True)
     return (x * torch.rsqrt(variance + EPSILON)).to(weight.dtype) * weight
 

@@ -3,8 +3,8 @@
 settings → Recipe → Plan → text encoder → transformer (+ Lightning, merged) → VAE → first edit
 
 Weights come from the checkpoint's own files, or from those that an earlier start prepared. Those
-are read while diffusers and transformers are imported, which takes seconds: nothing on the way to
-that point imports them, here or in modules that this one imports.
+are read while transformers is imported, which takes seconds: nothing on the way to that point
+imports it, here or in modules that this one imports.
 """
 
 from __future__ import annotations

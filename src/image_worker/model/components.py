@@ -18,10 +18,13 @@ from torch import nn
 from image_worker.catalog import ModelEntry
 from image_worker.errors import ModelMismatch
 from image_worker.model import files, weights
+from image_worker.model.configs import PATCH, VAE_SCALE, TransformerConfig, VaeConfig
 from image_worker.model.formats import FORMATS
 from image_worker.model.packed import Slot, unit_of, units
 from image_worker.model.placement import Shape, Sizes
+from image_worker.model.skeleton import Skeleton
 from image_worker.model.stream import Blocks, Held
+from image_worker.model.vae import Vae, checkpoint_name, last_frame
 from image_worker.settings import Precision, Settings
 
 
@@ -31,14 +34,16 @@ class Component:
 
     kind: the class that its configuration must name; empty(folder): the module, its parameters on
     the meta device; rename: the module's name for a checkpoint's tensor, None if it is not needed;
-    quantised, on_disk: whether the linear layer of a name is; blocks: the lists that most of the
-    weights are in, as they are called in the module that serves, and in the checkpoint.
+    cut: what is needed of a checkpoint's tensor; quantised, on_disk: whether the linear layer of a
+    name is; blocks: the lists that most of the weights are in, as they are called in the module
+    that serves, and in the checkpoint.
     """
 
     name: str
     kind: str
     empty: Callable[[Path], nn.Module]
-    rename: Callable[[str], str | None] = lambda name: name
+    rename: weights.Rename = lambda name: name
+    cut: weights.Cut = lambda tensor: tensor
     quantised: Callable[[str], bool] = lambda path: False  # noqa: ARG005
     on_disk: Callable[[str], bool] = lambda path: False  # noqa: ARG005
     blocks: Mapping[str, str] = field(default_factory=dict)
@@ -90,15 +95,15 @@ def _empty_text_encoder(folder: Path) -> nn.Module:
 
 
 def _empty_transformer(folder: Path) -> nn.Module:
-    from diffusers import QwenImageTransformer2DModel as Kind
-
-    return _on_meta(lambda: Kind.from_config(Kind.load_config(folder)))
+    config = TransformerConfig.parse(files.read_json(folder / "config.json"))
+    with torch.device("meta"):
+        return Skeleton(config)
 
 
 def _empty_vae(folder: Path) -> nn.Module:
-    from image_worker.model.vae import PictureVae as Kind
-
-    return _on_meta(lambda: Kind.from_config(Kind.load_config(folder)))
+    config = VaeConfig.parse(files.read_json(folder / "config.json"))
+    with torch.device("meta"):
+        return Vae(config)
 
 
 def _on_meta(make: Callable[[], nn.Module]) -> nn.Module:
@@ -129,7 +134,13 @@ TRANSFORMER = Component(
     on_disk=is_modulation,
     blocks={"blocks": "transformer_blocks"},
 )
-VAE = Component("vae", kind="AutoencoderKLQwenImage", empty=_empty_vae)
+VAE = Component(
+    "vae",
+    kind="AutoencoderKLQwenImage",
+    empty=_empty_vae,
+    rename=checkpoint_name,
+    cut=last_frame,
+)
 ALL = (TEXT_ENCODER, TRANSFORMER, VAE)
 
 
@@ -159,6 +170,7 @@ def sizes(folder: Path, settings: Settings, dtype: torch.dtype) -> dict[Precisio
                     files.weight_files(folder / component.name),
                     component.storage(precision, settings, dtype),
                     component.rename,
+                    component.cut,
                 )
                 for component in ALL
             }
@@ -183,14 +195,18 @@ def _sizes(stored: Mapping[Component, Mapping[str, int]]) -> Sizes:
 
 
 def shape(entry: ModelEntry, configs: dict[str, dict[str, Any]]) -> Shape:
-    """What working memory depends on: the model's widths, and a job with one reference."""
-    transformer = configs["transformer"]
-    tokens_per_picture = entry.area // 256  # 8× by the VAE and 2× by packing, per side
+    """What working memory depends on: the model's widths, and a job with one reference.
+
+    Raises:
+        ModelMismatch: a configuration asks for what this worker does not implement.
+    """
+    transformer = TransformerConfig.parse(configs["transformer"])
+    tokens_per_picture = entry.area // (VAE_SCALE * PATCH) ** 2
     pictures = 2 if entry.max_images else 1
     return Shape(
-        width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
-        zero_cond_t=bool(transformer.get("zero_cond_t", False)),
-        vae_base=configs["vae"]["base_dim"],
+        width=transformer.width,
+        zero_cond_t=transformer.zero_cond_t,
+        vae_base=VaeConfig.parse(configs["vae"]).base_dim,
         tokens=pictures * tokens_per_picture + 256,
         pixels=entry.area,
     )

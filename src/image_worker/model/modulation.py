@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from image_worker.model.embeddings import embed_timestep
+
 KEPT = 64  # tables that nobody uses; 4.2 MiB each in the full model
 _READERS = 4  # threads that read layers, each one ahead
 Read = Callable[[str], tuple[Tensor, Tensor]]  # a layer's weight and bias, by its name
@@ -29,11 +31,11 @@ class Modulation:
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, read: Read | None = None
     ) -> None:
-        """Takes the layers out of `model`, a `QwenImageTransformer2DModel`.
+        """Takes the layers out of `model`, a `Skeleton` or diffusers' module.
 
         read: reads them, where `model` has them without weights.
         """
-        self._embed = model.time_text_embed
+        self._embedder = model.time_text_embed.timestep_embedder
         self._device, self._dtype = device, dtype
         blocks = model.transformer_blocks
         self._width = model.norm_out.linear.in_features
@@ -81,8 +83,8 @@ class Modulation:
         if not levels:
             return {}
         # The transformer may be off the card just now, and these few layers with it.
-        embed = copy.deepcopy(self._embed).to(self._device)
-        embedded = [self._embedding(embed, level) for level in levels]
+        embedder = copy.deepcopy(self._embedder).to(self._device)
+        embedded = [self._embedding(embedder, level) for level in levels]
         parts: list[list[Tensor]] = [[] for _ in levels]
         for layer in self._each_layer():
             weight, bias = (tensor.to(self._device, self._dtype) for tensor in layer)
@@ -120,8 +122,7 @@ class Modulation:
     def _table(self, level: float) -> Tensor:
         return self.prepare([level])[0]
 
-    def _embedding(self, embed: Any, level: float) -> Tensor:
+    def _embedding(self, embedder: Any, level: float) -> Tensor:
         """(1, width), of a timestep that is rounded as 0..1000, as in the stock pipeline."""
         timestep = torch.tensor([1000 * level], device=self._device).to(self._dtype) / 1000
-        like = torch.empty(0, device=self._device, dtype=self._dtype)
-        return functional.silu(embed(timestep, like))
+        return functional.silu(embed_timestep(embedder, timestep))

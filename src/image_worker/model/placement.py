@@ -23,7 +23,8 @@ GIB = 2**30
 
 # Measured at full size on one card by `python -m image_worker.bench.full_size`: peak working
 # memory above the weights, per image or text token and unit of model width, and per pixel and unit
-# of the VAE's base width (decoding; encoding takes 12). fp8 is taken to be as 4bit; attention in
+# of the VAE's base width. The latter is of diffusers' modules; ours take 6 by a count of tensors
+# without a card, which leaves out what cuDNN takes. fp8 is taken to be as 4bit; attention in
 # int8 takes less than the one that was measured, and so do products of 8bit in int8 than
 # bitsandbytes' own, by the sizes of what they keep.
 DENOISE_BYTES = {"bf16": 21, "fp8": 24, "8bit": 45, "4bit": 24}

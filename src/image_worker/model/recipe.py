@@ -50,7 +50,7 @@ def read_component(
     whole: bool = False,
     home: torch.device | None = None,
 ) -> nn.Module:
-    """A component as its library has it, with its weights, the transformer's LoRAs merged.
+    """A component as its checkpoint has it, with its weights, the transformer's LoRAs merged.
 
     whole: with the layers that serve from disk, too; home: where it is, if not on the device.
     """
@@ -65,6 +65,7 @@ def read_component(
         storage,
         recipe.device,
         rename=component.rename,
+        cut=component.cut,
         loras=[Lora.read(path) for path in recipe.loras]
         if component is components.TRANSFORMER
         else (),
@@ -75,9 +76,7 @@ def read_component(
 
 
 def as_served(recipe: Recipe, component: Component, module: Any) -> nn.Module:
-    """`module`, as its library has it, in the form that serves."""
-    if component is components.VAE:
-        module.fold()
+    """`module`, as its checkpoint has it, in the form that serves."""
     if component is components.TRANSFORMER:
         module = _served(recipe, module)
     served: nn.Module = module.eval()

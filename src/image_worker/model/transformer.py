@@ -21,6 +21,7 @@ from image_worker.compute import Compute
 from image_worker.kernels import reference
 from image_worker.kernels.reference import Activation
 from image_worker.model.attention import BACKENDS, Attention, Exact, Order
+from image_worker.model.embeddings import Shape, rope
 from image_worker.model.linear import W8A8, Modules, Nf4, Pair, Plain, Scratch
 from image_worker.model.modulation import Modulation, Read
 from image_worker.model.stream import Blocks
@@ -31,7 +32,6 @@ ROUND_TO: dict[Compute, torch.dtype | None] = {
     "fp8": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-Shape = tuple[int, int, int]  # frames (1), height, width, in tokens
 _TEXT, _IMAGE = 0, 1
 
 
@@ -87,7 +87,7 @@ def velocities(transformer: Transformer, rows: Sequence[Row]) -> list[Tensor]:
 
 
 class Transformer(nn.Module):
-    """The module that serves, made from one of diffusers' that holds a checkpoint's weights."""
+    """The module that serves, made from one that holds a checkpoint's weights."""
 
     def __init__(
         self,
@@ -99,17 +99,16 @@ class Transformer(nn.Module):
         attention: Attention | None = None,
         read: Read | None = None,
     ) -> None:
-        """Takes `source` apart.
+        """Takes `source` apart: a `Skeleton` or diffusers' module, whose parts are called alike.
 
         round_to: multiply weights in 4 bit in this type, FP8 or int8, and those that are stored in
         it; all others, or None: as they are. read: as of `Modulation`.
         """
         super().__init__()
         self.config = source.config
-        self.zero_cond_t: bool = source.zero_cond_t
-        self.width: int = source.inner_dim
+        self.zero_cond_t: bool = source.config.zero_cond_t
+        self.width: int = source.img_in.out_features
         self.device = device
-        self.rope = source.pos_embed
         self.img_in, self.txt_in, self.txt_norm = source.img_in, source.txt_in, source.txt_norm
         self.proj_out = source.proj_out
         self.time_embed = source.time_text_embed
@@ -136,7 +135,8 @@ class Transformer(nn.Module):
         """
         ops, owner = self._ops, layout.owner
         mods = self.modulation.of_blocks(self._streams(timesteps)).unbind(1)
-        x = torch.cat([self.txt_in(self.txt_norm(text)), self.img_in(image)])
+        text = reference.rms_norm(text, self.txt_norm.weight)
+        x = torch.cat([self.txt_in(text), self.img_in(image)])
         y, gate = None, None  # what is still to be added to x
         text_tokens = layout.text_tokens
         last = len(self.blocks) - 1
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
             target, rest = counts[row][0], images[row] - counts[row][0]
             owner += [torch.full((target,), rows + row), torch.full((rest,), clean)]
             target_rows.append(torch.full((target,), row))
-            image_rope, text_rope = self.rope([list(shapes)], device=None, max_txt_seq_len=text)
+            image_rope, text_rope = rope(shapes, text, self.config.axes_dims_rope)
             text_ropes.append(text_rope)
             image_ropes.append(image_rope)
         return Layout(
@@ -265,6 +265,6 @@ def _operations(device: torch.device) -> Any:
 
 def _alike(layers: Sequence[Any]) -> Plain | Modules:
     """Layers of one stream, as they are."""
-    if all(type(layer) is nn.Linear for layer in layers):
+    if all(type(layer).forward is nn.Linear.forward for layer in layers):
         return Plain(layers)
     return Modules(layers)

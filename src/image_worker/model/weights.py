@@ -24,6 +24,7 @@ from image_worker.model.packed import move, slots
 from image_worker.model.tensor_file import TensorFile
 
 Rename = Callable[[str], str | None]
+Cut = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,16 @@ def load(
     device: torch.device,
     *,
     rename: Rename = lambda name: name,
+    cut: Cut = lambda tensor: tensor,
     loras: Sequence[Lora] = (),
     label: str = "",
     home: torch.device | None = None,
 ) -> None:
     """Fills `module`, whose parameters are on the meta device, from safetensors `files`.
 
-    rename: the module's name for a checkpoint's tensor, or None for one that is not needed; home:
-    where tensors stay that were made on `device`, if not there.
+    rename: the module's name for a checkpoint's tensor, or None for one that is not needed;
+    cut: the part of a checkpoint's tensor that is needed; home: where tensors stay that were made
+    on `device`, if not there.
 
     Raises:
         ModelMismatch: a tensor without a place, a place without a tensor, a shape that differs, or
@@ -70,6 +73,7 @@ def load(
         if target not in missing:
             raise ModelMismatch(f"{label}: the checkpoint has {name}, which the model has not")
         missing.remove(target)
+        tensor = cut(tensor)
         _check_shape(module, target, tensor.shape)
         if not storage.on_disk(target.rpartition(".")[0]):
             _place(module, target, tensor, storage, device, loras)
@@ -158,7 +162,10 @@ def _place(
 
 
 def stored_bytes(
-    files: list[Path], storage: Storage, rename: Rename = lambda name: name
+    files: list[Path],
+    storage: Storage,
+    rename: Rename = lambda name: name,
+    cut: Cut = lambda tensor: tensor,
 ) -> dict[str, int]:
     """What `load` will keep of each tensor, in bytes, from the files' headers alone.
 
@@ -168,9 +175,10 @@ def stored_bytes(
     found = {}
     for file in files:
         for name, part in TensorFile.open(file).parts.items():
-            target, shape = rename(name), part.shape
+            target = rename(name)
             if target is None:
                 continue
+            shape = cut(torch.empty(part.shape, device="meta")).shape
             path, _, leaf = target.rpartition(".")
             if storage.on_disk(path):
                 continue

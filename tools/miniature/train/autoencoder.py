@@ -6,6 +6,7 @@ Trained is what is served: one frame, so only the last time slice of each kernel
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from image_worker.edit.latents import statistics
-from image_worker.model.vae import PictureVae
+from image_worker.model.configs import VaeConfig
+from image_worker.model.vae import Vae
 from tools.miniature import architecture
 from tools.miniature.train.graph import Graph
 from tools.miniature.train.optimiser import Optimiser
@@ -28,17 +30,16 @@ _PRIOR_WEIGHT = 1e-4  # of the KL divergence, against a mean squared error over 
 
 
 def new() -> Any:
-    """A folded autoencoder with random weights, in bf16, that can be trained."""
-    vae = PictureVae.from_config(architecture.vae().config)
-    vae.fold()
-    return vae.requires_grad_(True).bfloat16().to(memory_format=torch.channels_last)
+    """The autoencoder for single pictures with random weights, in bf16."""
+    vae = Vae(VaeConfig.parse(architecture.vae().config))
+    return vae.bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def save(vae: Any, folder: Path) -> None:
     """Its weights and the statistics of its latents."""
     state = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
     save_file(state, folder / "vae.safetensors")
-    statistics = {name: torch.tensor(vae.config[name]) for name in _STATISTICS}
+    statistics = {name: torch.tensor(getattr(vae.config, name)) for name in _STATISTICS}
     save_file(statistics, folder / "statistics.safetensors")
 
 
@@ -47,8 +48,15 @@ def load(folder: Path, device: torch.device) -> Any:
     vae = new().to(device)
     vae.load_state_dict(load_file(folder / "vae.safetensors"))
     statistics = load_file(folder / "statistics.safetensors")
-    vae.register_to_config(**{name: statistics[name].tolist() for name in _STATISTICS})
+    set_statistics(vae, **{name: statistics[name].tolist() for name in _STATISTICS})
     return vae
+
+
+def set_statistics(vae: Any, latents_mean: list[float], latents_std: list[float]) -> None:
+    """Of its latents, per channel, in the configuration."""
+    vae.config = dataclasses.replace(
+        vae.config, latents_mean=tuple(latents_mean), latents_std=tuple(latents_std)
+    )
 
 
 def train(
@@ -75,7 +83,7 @@ def train(
 
 def _loss(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squared error of what is decoded from a sample, and KL divergence per latent."""
-    x = (2 * pictures - 1).bfloat16().unsqueeze(2)
+    x = (2 * pictures - 1).bfloat16()
     mean, log_variance = vae.quant_conv(vae.encoder(x)).float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
     sample = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
@@ -94,16 +102,17 @@ def measure_statistics(vae: Any, pictures: Tensor) -> None:
     latents = torch.cat(
         [_mean_latents(vae, part) for part in pictures.split(_ENCODED_AT_ONCE)]
     ).float()
-    mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-    vae.register_to_config(
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    set_statistics(
+        vae,
         latents_mean=[round(value, 4) for value in mean.tolist()],
         latents_std=[round(value, 4) for value in deviation.tolist()],
     )
 
 
 def _mean_latents(vae: Any, pictures: Tensor) -> Tensor:
-    """(B, channels, 1, rows, columns), as they are served: without normalisation."""
-    x = (2 * pictures - 1).bfloat16().unsqueeze(2)
+    """(B, channels, rows, columns), as they are served: without normalisation."""
+    x = (2 * pictures - 1).bfloat16()
     return vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)[0]  # type: ignore[no-any-return]
 
 
@@ -121,7 +130,7 @@ def encode(vae: Any, pictures: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in [0, 1] to normalised, packed latents (B, tokens, channels)."""
     mean, deviation = statistics(vae, pictures.device, torch.bfloat16)
     latents = torch.cat([_latents(vae, part) for part in pictures.split(_ENCODED_AT_ONCE)])
-    batch, channels, _, rows, columns = latents.shape
+    batch, channels, rows, columns = latents.shape
     patches = ((latents - mean) / deviation).view(batch, channels, rows // 2, 2, columns // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 4 * channels)
 
@@ -133,9 +142,8 @@ def decode(vae: Any, tokens: Tensor) -> Tensor:
     batch, count, channels = tokens.shape
     side = int(count**0.5)
     patches = tokens.bfloat16().view(batch, side, side, channels // 4, 2, 2)
-    latents = patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, 1, 2 * side, 2 * side)
+    latents = patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, 2 * side, 2 * side)
     pictures = [
-        vae.decoder(vae.post_quant_conv(part)).squeeze(2)
-        for part in (latents * deviation + mean).split(256)
+        vae.decoder(vae.post_quant_conv(part)) for part in (latents * deviation + mean).split(256)
     ]
     return ((torch.cat(pictures).float() + 1) / 2).clamp(0, 1)
