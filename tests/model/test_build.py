@@ -228,11 +228,22 @@ def test_a_first_edit_that_does_not_fit_is_tried_again_with_less(monkeypatch: An
     assert offloads == ["auto", "stream"] and len(seen) == 2
 
 
-def test_another_architecture_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("component", "name", "value"),
+    [
+        ("transformer", "_class_name", "FluxTransformer"),
+        ("transformer", "use_layer3d_rope", True),
+        ("vae", "attn_scales", [1.0]),
+    ],
+)
+def test_another_architecture_is_refused(
+    component: str, name: str, value: Any, tmp_path: Path
+) -> None:
     shutil.copytree(MINI_FOLDER, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "transformer" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "FluxTransformer"}))
-    with pytest.raises(ModelMismatch, match="FluxTransformer"):
+    path = tmp_path / component / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    complaint = value if name == "_class_name" else name
+    with pytest.raises(ModelMismatch, match=complaint):
         build_mini(torch.bfloat16, dataclasses.replace(MINI, repo=str(tmp_path)))
 
 

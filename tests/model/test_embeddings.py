@@ -37,7 +37,7 @@ def test_timesteps(dtype: torch.dtype) -> None:
         [(2, 4, 6)],
     ],
 )
-def test_positions(shapes: list[Shape], axes: tuple[int, ...]) -> None:
+def test_positions(shapes: list[Shape], axes: tuple[int, int, int]) -> None:
     stock = QwenEmbedRope(theta=10000, axes_dim=list(axes), scale_rope=True)
     expected = stock([shapes], max_txt_seq_len=19)
     for found, wanted in zip(rope(shapes, 19, axes), expected, strict=True):

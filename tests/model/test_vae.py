@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from image_worker.errors import ModelMismatch
 from image_worker.model import weights
@@ -150,6 +154,44 @@ def test_nothing_that_only_joins_frames_is_kept(random: Any, tmp_path: Path) -> 
     assert kept < 0.45 * there
     for parameter in ours.parameters():
         assert parameter.untyped_storage().nbytes() == parameter.nbytes, "a slice of what was there"
+
+
+class Count(TorchDispatchMode):
+    """Bytes of the tensors that are made while it is active: of those that live, and the most."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in (leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+        return made
+
+    def _drop(self, key: int, size: int) -> None:
+        self._seen.remove(key)
+        self.live -= size
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("way", "shape"), [("encode", (3, 256, 256)), ("decode", (16, 32, 32))])
+def test_three_tensors_of_full_size_are_the_most(way: str, shape: tuple[int, int, int]) -> None:
+    """Of the published model's size, in bf16, on the meta device."""
+    config = CONFIG | {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "input_channels": 3}
+    statistics = {name: [0.0] * 16 for name in ("latents_mean", "latents_std")}
+    with torch.device("meta"):
+        vae = Vae(VaeConfig.parse(config | statistics)).bfloat16()
+        x = torch.empty(1, *shape, dtype=torch.bfloat16)
+    with Count(vae.parameters()) as count:
+        getattr(vae, way)(x)
+    assert 3 <= count.peak / (256 * 256 * 96 * 2) < 3.2
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Timesteps and positions, as the transformer reads them: functions of numbers, without state."""
+"""Timesteps and positions, as the transformer reads them: functions of numbers."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +37,9 @@ def sinusoids(timestep: Tensor) -> Tensor:
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
-def rope(shapes: Sequence[Shape], text_tokens: int, axes: Sequence[int]) -> tuple[Tensor, Tensor]:
+def rope(
+    shapes: Sequence[Shape], text_tokens: int, axes: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
     """Rotary positions of pictures and of their prompt, (tokens, D / 2) complex64 each.
 
     A token of a picture stands at the picture's number, at its row and at its column, both counted
@@ -51,16 +54,11 @@ def rope(shapes: Sequence[Shape], text_tokens: int, axes: Sequence[int]) -> tupl
     return pictures, torch.cat([_turns(places, size) for size in axes], dim=1)
 
 
-def _picture(number: int, shape: Shape, axes: Sequence[int]) -> Tensor:
+@functools.lru_cache(maxsize=16)  # 2 MiB each at 1024²; prompts differ more than pictures' sizes
+def _picture(number: int, shape: Shape, axes: tuple[int, int, int]) -> Tensor:
     frames, height, width = shape
-    frame, row, column = (
-        _turns(places, size)
-        for places, size in zip(
-            (torch.arange(number, number + frames), _centred(height), _centred(width)),
-            axes,
-            strict=True,
-        )
-    )
+    places = (torch.arange(number, number + frames), _centred(height), _centred(width))
+    frame, row, column = (_turns(at, size) for at, size in zip(places, axes, strict=True))
     parts = (frame[:, None, None], row[None, :, None], column[None, None])
     return torch.cat([part.expand(*shape, -1) for part in parts], dim=-1).flatten(0, 2)
 

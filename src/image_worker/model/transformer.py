@@ -108,6 +108,7 @@ class Transformer(nn.Module):
         self.config = source.config
         self.zero_cond_t: bool = source.config.zero_cond_t
         self.width: int = source.img_in.out_features
+        self._axes = tuple(source.config.axes_dims_rope)
         self.device = device
         self.img_in, self.txt_in, self.txt_norm = source.img_in, source.txt_in, source.txt_norm
         self.proj_out = source.proj_out
@@ -180,7 +181,7 @@ class Transformer(nn.Module):
             target, rest = counts[row][0], images[row] - counts[row][0]
             owner += [torch.full((target,), rows + row), torch.full((rest,), clean)]
             target_rows.append(torch.full((target,), row))
-            image_rope, text_rope = rope(shapes, text, self.config.axes_dims_rope)
+            image_rope, text_rope = rope(shapes, text, self._axes)
             text_ropes.append(text_rope)
             image_ropes.append(image_rope)
         return Layout(
