@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as edit_plus
 import torch
 from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2Tokenizer
 
 from image_worker.bench.stock import (
     PilProcessor,
@@ -16,7 +18,7 @@ from image_worker.bench.stock import (
     lightning_scheduler,
     mend,
 )
-from image_worker.catalog import ModelEntry
+from image_worker.catalog import CATALOG, ModelEntry
 
 __all__ = [
     "PilProcessor",
@@ -26,7 +28,20 @@ __all__ = [
     "image_pipeline",
     "lightning_scheduler",
     "mend",
+    "text_encoder",
+    "tokenizer",
 ]
+
+
+def tokenizer() -> Qwen2Tokenizer:
+    """The miniature's, by transformers."""
+    return Qwen2Tokenizer.from_pretrained(Path(CATALOG["mini"].repo) / "tokenizer")
+
+
+def text_encoder(dtype: torch.dtype) -> Qwen2_5_VLModel:
+    """The miniature's, by transformers."""
+    folder = Path(CATALOG["mini"].repo) / "text_encoder"
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().model
 
 
 def edit(
