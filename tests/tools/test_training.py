@@ -21,6 +21,7 @@ from image_worker.model.placement import detect_hardware
 from image_worker.model.transformer import Row, velocities
 from image_worker.model.vae import PictureVae
 from image_worker.settings import Settings
+from tests import upstream
 from tests.conftest import mini_model, read_mini
 from tests.pictures import psnr
 from tools.miniature import package
@@ -42,15 +43,13 @@ def shard(kinds: tuple[str, ...], count: int = 3) -> Any:
 def pairs(kinds: tuple[str, ...]) -> Pairs:
     model = mini_model(torch.bfloat16, use_lightning_lora="0")
     return encode_shard(
-        shard(kinds), lambda drawn: autoencoder.encode(model.vae, drawn), model.tokenizer, CPU
+        shard(kinds), lambda drawn: autoencoder.encode(model.vae, drawn), upstream.tokenizer(), CPU
     )
 
 
 def served_editor() -> editor.Editor:
-    text_encoder, transformer = (
-        read_mini(part, torch.bfloat16, lora=False) for part in (TEXT_ENCODER, TRANSFORMER)
-    )
-    return editor.of(text_encoder, transformer, mini_model(torch.bfloat16).tokenizer)
+    transformer = read_mini(TRANSFORMER, torch.bfloat16, lora=False)
+    return editor.of(upstream.text_encoder(torch.bfloat16), transformer, upstream.tokenizer())
 
 
 @pytest.mark.parametrize("kinds", [ONE_PICTURE, TWO_PICTURES])

@@ -3,8 +3,8 @@
 settings → Recipe → Plan → text encoder → transformer (+ Lightning, merged) → VAE → first edit
 
 Weights come from the checkpoint's own files, or from those that an earlier start prepared. Those
-are read while diffusers and transformers are imported, which takes seconds: nothing on the way to
-that point imports them, here or in modules that this one imports.
+are read while diffusers is imported, which takes seconds: nothing on the way to that point imports
+it, here or in modules that this one imports. transformers is not imported at all.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from image_worker.model.placement import Hardware, Plan, Sizes, plan
 from image_worker.model.recipe import Recipe, as_served, read_component
 from image_worker.model.remembered import Remembered
 from image_worker.model.store import Store
+from image_worker.model.text_config import Patching, read_patching
+from image_worker.model.tokenizer import TextTokenizer
 from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -46,8 +48,8 @@ class Model:
     dtype: torch.dtype
     lightning_steps: int | None
     sampler: Sampler
-    tokenizer: Any
-    image_processor: Any
+    tokenizer: TextTokenizer
+    patching: Patching
     text_encoder: Any
     transformer: Any
     vae: Any
@@ -147,8 +149,6 @@ def _start(
 def _load(
     recipe: Recipe, store: Store, decided: Plan, sizes: Sizes, cold_start: ColdStart
 ) -> Model:
-    from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
-
     entry, folder, settings = recipe.entry, recipe.folder, recipe.settings
     lightning = settings.use_lightning_lora
     placement = Placement(recipe.device, offload=decided.offload == "model")
@@ -160,7 +160,7 @@ def _load(
         return module
 
     scheduler = files.read_json(folder / "scheduler" / "scheduler_config.json")
-    processor = folder / "processor"
+    processor = folder / "processor" / "preprocessor_config.json"
     return Model(
         entry=entry,
         plan=decided,
@@ -168,10 +168,9 @@ def _load(
         dtype=recipe.dtype,
         lightning_steps=settings.lightning_steps if lightning else None,
         sampler=LIGHTNING_SAMPLER if lightning else Sampler.from_config(scheduler),
-        tokenizer=Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
-        image_processor=Qwen2VLImageProcessorPil.from_pretrained(processor)
-        if entry.max_images
-        else None,
+        tokenizer=TextTokenizer(folder / "tokenizer"),
+        # A model that takes no pictures has no such file, and never asks.
+        patching=read_patching(files.read_json(processor) if entry.max_images else {}),
         text_encoder=load(components.TEXT_ENCODER),
         transformer=load(components.TRANSFORMER),
         vae=load(components.VAE),

@@ -20,6 +20,7 @@ from image_worker.errors import ModelMismatch
 from image_worker.model import files, weights
 from image_worker.model.formats import FORMATS
 from image_worker.model.placement import Shape, Sizes
+from image_worker.model.text_encoder import TextEncoder
 from image_worker.settings import Precision, Settings
 
 
@@ -51,7 +52,7 @@ class Component:
 
 
 def text_encoder_name(name: str) -> str | None:
-    """The name in `Qwen2_5_VLModel` of a tensor of either published layout; None: not needed.
+    """The name in `TextEncoder` of a tensor of either published layout; None: not needed.
 
     Only hidden states are used, so the language model's output layer stays on disk.
     """
@@ -64,9 +65,8 @@ def text_encoder_name(name: str) -> str | None:
 
 
 def _empty_text_encoder(folder: Path) -> nn.Module:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
-
-    return _on_meta(lambda: Qwen2_5_VLModel(Qwen2_5_VLConfig.from_pretrained(folder)))
+    with torch.device("meta"):
+        return TextEncoder(files.read_json(folder / "config.json"))
 
 
 def _empty_transformer(folder: Path) -> nn.Module:
