@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as edit_plus
 import torch
 from diffusers import QwenImageTransformer2DModel
 from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2Tokenizer
 
 from image_worker.bench.stock import (
     PilProcessor,
@@ -18,7 +20,7 @@ from image_worker.bench.stock import (
     lightning_scheduler,
     mend,
 )
-from image_worker.catalog import ModelEntry
+from image_worker.catalog import CATALOG, ModelEntry
 from image_worker.model.configs import PATCH, TransformerConfig
 from image_worker.model.skeleton import Skeleton
 
@@ -31,6 +33,8 @@ __all__ = [
     "lightning_scheduler",
     "mend",
     "options",
+    "text_encoder",
+    "tokenizer",
     "transformer",
 ]
 
@@ -46,6 +50,17 @@ def transformer(source: Skeleton) -> Any:
     made = QwenImageTransformer2DModel(**options(source.config) | {"num_layers": blocks})
     made.load_state_dict(source.state_dict(), assign=True)
     return made.eval().requires_grad_(False)
+
+
+def tokenizer() -> Qwen2Tokenizer:
+    """The miniature's, by transformers."""
+    return Qwen2Tokenizer.from_pretrained(Path(CATALOG["mini"].repo) / "tokenizer")
+
+
+def text_encoder(dtype: torch.dtype) -> Qwen2_5_VLModel:
+    """The miniature's, by transformers."""
+    folder = Path(CATALOG["mini"].repo) / "text_encoder"
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().model
 
 
 def edit(

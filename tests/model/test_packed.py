@@ -12,7 +12,7 @@ from torch import nn
 
 from image_worker.errors import ModelMismatch
 from image_worker.model.formats import FORMATS
-from image_worker.model.packed import ALIGNMENT, Layout, slots, units
+from image_worker.model.packed import ALIGNMENT, Layout, slots, unit_of
 from image_worker.model.tensor_file import TensorFile, bytes_of, header
 from image_worker.settings import Precision
 
@@ -109,16 +109,16 @@ def test_a_file_of_another_size_is_refused(change: int, tmp_path: Path) -> None:
         TensorFile.open(path)
 
 
-def test_units_are_blocks_and_the_rest() -> None:
-    model = nn.Module()
-    model.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(11))
-    for name in ("other", "more"):
-        setattr(model, name, nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2)])}))
-    found = units(model, ["blocks", "more.blocks"])
-    assert set(found) == {f"blocks.{number:02d}" for number in range(11)} | {
-        "more.blocks.00",
-        "rest",
-    }
-    assert [slot.name for slot in found["blocks.10"]] == ["blocks.10.weight", "blocks.10.bias"]
-    assert [slot.name for slot in found["rest"]] == ["other.blocks.0.weight", "other.blocks.0.bias"]
-    assert set(units(model)) == {"rest"}
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("blocks.10.attn.weight", "blocks.10"),
+        ("blocks.3.bias", "blocks.03"),
+        ("more.blocks.0.weight", "more.blocks.00"),
+        ("other.blocks.0.weight", "rest"),
+        ("blocks_in.weight", "rest"),
+    ],
+)
+def test_units_are_blocks_and_the_rest(name: str, unit: str) -> None:
+    assert unit_of(name, ["blocks", "more.blocks"]) == unit
+    assert unit_of(name, []) == "rest"

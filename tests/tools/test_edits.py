@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import torch
 
-from tests.conftest import mini_model
+from tests import upstream
 from tools.miniature import tokenizer
 from tools.miniature.edits import (
     KINDS,
@@ -109,7 +109,7 @@ def test_held_out_wordings_use_words_that_training_knows() -> None:
 
 
 def test_the_tokenizer_that_is_shipped_is_the_one_that_is_built() -> None:
-    built, shipped = tokenizer.build(), mini_model().tokenizer
+    built, shipped = tokenizer.build(), upstream.tokenizer()
     assert built.get_vocab() == shipped.get_vocab()
     for wording in WORDINGS.values():
         for text in (*wording.train, *wording.held_out):

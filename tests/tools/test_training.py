@@ -43,14 +43,13 @@ def shard(kinds: tuple[str, ...], count: int = 3) -> Any:
 def pairs(kinds: tuple[str, ...]) -> Pairs:
     model = mini_model(torch.bfloat16, use_lightning_lora="0")
     return encode_shard(
-        shard(kinds), lambda drawn: autoencoder.encode(model.vae, drawn), model.tokenizer, CPU
+        shard(kinds), lambda drawn: autoencoder.encode(model.vae, drawn), upstream.tokenizer(), CPU
     )
 
 
 def served_editor() -> editor.Editor:
-    text_encoder = read_mini(TEXT_ENCODER, torch.bfloat16, lora=False)
     transformer = upstream.transformer(read_mini(TRANSFORMER, torch.bfloat16, lora=False))
-    return editor.of(text_encoder, transformer, mini_model(torch.bfloat16).tokenizer)
+    return editor.of(upstream.text_encoder(torch.bfloat16), transformer, upstream.tokenizer())
 
 
 @pytest.mark.parametrize("kinds", [ONE_PICTURE, TWO_PICTURES])

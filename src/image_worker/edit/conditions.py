@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from image_worker.edit import sizes
+from image_worker.edit import patches, sizes
 from image_worker.edit.batching import Length
 from image_worker.edit.latents import statistics
 from image_worker.edit.tiles import through_vae
@@ -21,10 +21,10 @@ from image_worker.errors import InvalidRequest
 from image_worker.model.build import Model
 from image_worker.model.embeddings import Shape
 from image_worker.model.memory import with_room
+from image_worker.model.vision_tower import Grid
 
 MAX_PROMPT_TOKENS = 1024
 _IMAGE_PAD = "<|image_pad|>"
-_TOKENIZING = threading.Lock()  # the tokenizer sets itself up for each call
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text encoder's inputs, and a key that is the same for equal inputs only."""
+    """The text encoder's inputs, on the CPU, and a key that is the same for equal inputs only.
 
-    inputs: dict[str, Tensor]
+    ids (tokens); patches (patches, values): of its pictures, None without; grids: one each.
+    """
+
+    ids: Tensor
+    patches: Tensor | None
+    grids: tuple[Grid, ...]
     key: bytes
 
 
@@ -104,13 +109,14 @@ def prepare(
     model: Model, prompt: str, negative_prompt: str | None, references: Sequence[Reference]
 ) -> Prepared:
     """The part of `encode` that needs no card; may be called from any thread."""
-    template = model.entry.template
-    seen = [reference.seen for reference in references]
-    pictures = b"%d" % len(seen) + b"".join(reference.key for reference in references)
+    cut = [patches.cut(reference.seen, model.patching) for reference in references]
+    seen = torch.cat([part for part, _ in cut]) if cut else None
+    grids = tuple(grid for _, grid in cut)
+    pictures = b"%d" % len(cut) + b"".join(reference.key for reference in references)
 
     def read(text: str) -> Prompt:
-        inputs = _tokenise(model, template.render(text, len(seen)), seen)
-        return Prompt(inputs, pictures + inputs["input_ids"].numpy().tobytes())
+        ids = _tokenise(model, model.entry.template.render(text, len(cut)), grids)
+        return Prompt(ids, seen, grids, pictures + ids.numpy().tobytes())
 
     negative = None if negative_prompt is None else read(negative_prompt)
     return Prepared(read(prompt), negative, tuple(references))
@@ -123,7 +129,7 @@ def row_lengths(
     shapes = (sizes.tokens(*size), *prepared.shapes)
     image = sum(rows * columns for _, rows, columns in shapes)
     prompts = [prompt for prompt in (prepared.prompt, prepared.negative) if prompt is not None]
-    texts = [prompt.inputs["input_ids"].shape[1] - model.entry.template.drop for prompt in prompts]
+    texts = [len(prompt.ids) - model.entry.template.drop for prompt in prompts]
     return [Length(image, text) for text in texts] * pictures
 
 
@@ -149,26 +155,25 @@ def check_prompt(model: Model, prompt: str, field: str) -> None:
         InvalidRequest: more than `MAX_PROMPT_TOKENS` tokens, or one of the model's control tokens,
             which would end the template or announce a picture that is not there.
     """
-    with _TOKENIZING:
-        ids = model.tokenizer(prompt).input_ids
+    ids = model.tokenizer.ids(prompt)
     if len(ids) > MAX_PROMPT_TOKENS:
         raise InvalidRequest(
             f"{len(ids)} tokens are too many; at most {MAX_PROMPT_TOKENS} are possible", field=field
         )
-    control = set(ids) & set(model.tokenizer.all_special_ids)
+    control = set(ids) & model.tokenizer.control.keys()
     if control:
-        token = model.tokenizer.convert_ids_to_tokens(min(control))
+        token = model.tokenizer.control[min(control)]
         raise InvalidRequest(f"the control token {token} is not allowed here", field=field)
 
 
 def as_reference(model: Model, image: Image.Image) -> Reference:
-    """Reduces an RGB picture; may be called from any thread."""
+    """Reduces an RGB picture, as upstream's pipelines do; may be called from any thread."""
     ratio = image.width / image.height
-    width, height = sizes.fit_area(model.entry.area, ratio)
+    fit = functools.partial(image.resize, resample=Image.Resampling.LANCZOS)
     with ThreadPoolExecutor(1) as beside:  # Pillow lets go of the interpreter while it resizes
-        fitting = beside.submit(_resize, image, (width, height))
+        fitting = beside.submit(fit, sizes.fit_area(model.entry.area, ratio))
         if model.entry.vision_area is not None:
-            seen = _resize(image, sizes.fit_area(model.entry.vision_area, ratio))
+            seen = fit(sizes.fit_area(model.entry.vision_area, ratio))
         fitted = fitting.result()
     if model.entry.vision_area is None:  # the first Edit model shows both the same picture
         seen = fitted
@@ -193,37 +198,20 @@ def _encode_text(model: Model, prompt: Prompt) -> Tensor:
     """The text encoder's last hidden states without the template's head: (tokens, width)."""
 
     def run() -> Tensor:
-        inputs = {name: value.to(model.device) for name, value in prompt.inputs.items()}
         hidden: Tensor = with_room(
-            model.make_room, lambda: model.text_encoder(**inputs).last_hidden_state
+            model.make_room, lambda: model.text_encoder(prompt.ids, prompt.patches, prompt.grids)
         )
-        return hidden[0, model.entry.template.drop :].to(model.dtype)
+        return hidden[model.entry.template.drop :].to(model.dtype)
 
     return model.encodings.get(b"prompt" + prompt.key, run, model.device)
 
 
-def _tokenise(model: Model, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-    """Token ids and patches. One `<|image_pad|>` becomes as many as its picture has vision tokens.
-
-    `mm_token_type_ids` (1 at those) is what gives a picture its two-dimensional positions: the
-    stock pipelines leave it out, and the text encoder then places the patches on a line.
-    """
-    inputs: dict[str, Tensor] = {}
-    if images:
-        inputs.update(model.image_processor(images=list(images), return_tensors="pt"))
-        merge = model.image_processor.merge_size**2
-        *parts, rest = text.split(_IMAGE_PAD)
-        counts = [int(grid.prod()) // merge for grid in inputs["image_grid_thw"]]
-        expanded = [part + _IMAGE_PAD * count for part, count in zip(parts, counts, strict=True)]
-        text = "".join(expanded) + rest
-    with _TOKENIZING:
-        ids = model.tokenizer(text, return_tensors="pt").input_ids
-    inputs["input_ids"] = ids
-    inputs["attention_mask"] = torch.ones_like(ids)
-    if images:
-        pad = model.tokenizer.convert_tokens_to_ids(_IMAGE_PAD)
-        inputs["mm_token_type_ids"] = (ids == pad).long()
-    return inputs
+def _tokenise(model: Model, text: str, grids: Sequence[Grid]) -> Tensor:
+    """Token ids, (tokens). One `<|image_pad|>` becomes as many as its picture has vision tokens."""
+    *parts, rest = text.split(_IMAGE_PAD)
+    counts = [rows * columns // model.patching.merge**2 for rows, columns in grids]
+    expanded = [part + _IMAGE_PAD * count for part, count in zip(parts, counts, strict=True)]
+    return torch.tensor(model.tokenizer.ids("".join(expanded) + rest))
 
 
 def _encode_picture(model: Model, reference: Reference) -> Tensor:

@@ -3,8 +3,8 @@
 settings → Recipe → Plan → text encoder → transformer (+ Lightning, merged) → VAE → first edit
 
 Weights come from the checkpoint's own files, or from those that an earlier start prepared. Those
-are read while transformers is imported, which takes seconds: nothing on the way to that point
-imports it, here or in modules that this one imports.
+are read while the rest is set up. Neither diffusers nor transformers is imported: that would take
+longer than the reading.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from image_worker.errors import DoesNotFit, InvalidSettings, OutOfMemory
 from image_worker.model import components, files
 from image_worker.model.cold_start import ColdStart
 from image_worker.model.components import Component
-from image_worker.model.packed import move
+from image_worker.model.packed import HOST, move
 from image_worker.model.placement import Hardware, Plan, plan
 from image_worker.model.recipe import Recipe, as_served, read_component
 from image_worker.model.remembered import Remembered
 from image_worker.model.store import Store
 from image_worker.model.stream import Held, blocks_of
+from image_worker.model.text_config import Patching, read_patching
+from image_worker.model.tokenizer import TextTokenizer
 from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -46,8 +48,8 @@ class Model:
     dtype: torch.dtype
     lightning_steps: int | None
     sampler: Sampler
-    tokenizer: Any
-    image_processor: Any
+    tokenizer: TextTokenizer
+    patching: Patching
     text_encoder: Any
     transformer: Any
     vae: Any
@@ -165,8 +167,6 @@ def _start(
 
 
 def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) -> Model:
-    from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
-
     entry, folder, settings = recipe.entry, recipe.folder, recipe.settings
     lightning = settings.use_lightning_lora
 
@@ -175,7 +175,7 @@ def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) ->
             return store.read(component) or _load_component(recipe, component, decided)
 
     scheduler = files.read_json(folder / "scheduler" / "scheduler_config.json")
-    processor = folder / "processor"
+    processor = folder / "processor" / "preprocessor_config.json"
     return Model(
         entry=entry,
         plan=decided,
@@ -183,10 +183,9 @@ def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) ->
         dtype=recipe.dtype,
         lightning_steps=settings.lightning_steps if lightning else None,
         sampler=LIGHTNING_SAMPLER if lightning else Sampler.from_config(scheduler),
-        tokenizer=Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
-        image_processor=Qwen2VLImageProcessorPil.from_pretrained(processor)
-        if entry.max_images
-        else None,
+        tokenizer=TextTokenizer(folder / "tokenizer"),
+        # A model that takes no pictures has no such file, and never asks.
+        patching=read_patching(files.read_json(processor) if entry.max_images else {}),
         text_encoder=load(components.TEXT_ENCODER),
         transformer=load(components.TRANSFORMER),
         vae=load(components.VAE),
@@ -201,13 +200,13 @@ def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.M
     home = torch.device("cpu") if streams else None
     module = read_component(recipe, component, decided.precision, home=home)
     module = as_served(recipe, component, module)
-    if not streams:
-        return module.to(recipe.device)  # buffers, which no checkpoint holds
     held = {}
     for name, slots in component.units(module).items():
         if name in decided.streamed:
             held[name] = Held.of(slots, recipe.device)
-        else:
+        elif name.endswith(f"/{HOST}"):
+            move(slots, torch.device("cpu"))
+        elif streams:
             move(slots, recipe.device)
     component.stream(module, held, recipe.device)
     return module

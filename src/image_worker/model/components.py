@@ -20,10 +20,11 @@ from image_worker.errors import ModelMismatch
 from image_worker.model import files, weights
 from image_worker.model.configs import PATCH, VAE_SCALE, TransformerConfig, VaeConfig
 from image_worker.model.formats import FORMATS
-from image_worker.model.packed import Slot, unit_of, units
+from image_worker.model.packed import HOST, Slot, slots, unit_of
 from image_worker.model.placement import Shape, Sizes
 from image_worker.model.skeleton import Skeleton
 from image_worker.model.stream import Blocks, Held
+from image_worker.model.text_encoder import TextEncoder
 from image_worker.model.vae import Vae, checkpoint_name, last_frame
 from image_worker.settings import Precision, Settings
 
@@ -35,8 +36,8 @@ class Component:
     kind: the class that its configuration must name; empty(folder): the module, its parameters on
     the meta device; rename: the module's name for a checkpoint's tensor, None if it is not needed;
     cut: what is needed of a checkpoint's tensor; quantised, on_disk: whether the linear layer of a
-    name is; blocks: the lists that most of the weights are in, as they are called in the module
-    that serves, and in the checkpoint.
+    name is; on_host: whether the tensor of a name never goes to the card; blocks: the lists that
+    most of the weights are in, as they are called in the module that serves, and in the checkpoint.
     """
 
     name: str
@@ -46,12 +47,16 @@ class Component:
     cut: weights.Cut = lambda tensor: tensor
     quantised: Callable[[str], bool] = lambda path: False  # noqa: ARG005
     on_disk: Callable[[str], bool] = lambda path: False  # noqa: ARG005
+    on_host: Callable[[str], bool] = lambda name: False  # noqa: ARG005
     blocks: Mapping[str, str] = field(default_factory=dict)
 
     def units(self, module: nn.Module) -> dict[str, list[Slot]]:
         """The slots of a module that serves, by the units that they are kept and moved in."""
-        found = units(module, self.blocks)
-        return {f"{self.name}/{unit}": slots for unit, slots in found.items()}
+        found: dict[str, list[Slot]] = {}
+        for slot in slots(module):
+            unit = HOST if self.on_host(slot.name) else unit_of(slot.name, self.blocks)
+            found.setdefault(f"{self.name}/{unit}", []).append(slot)
+        return found
 
     def stream(self, module: nn.Module, held: Mapping[str, Held], device: torch.device) -> None:
         """These units of a module that serves pass through the device from now on."""
@@ -76,7 +81,7 @@ class Component:
 
 
 def text_encoder_name(name: str) -> str | None:
-    """The name in `Qwen2_5_VLModel` of a tensor of either published layout; None: not needed.
+    """The name in `TextEncoder` of a tensor of either published layout; None: not needed.
 
     Only hidden states are used, so the language model's output layer stays on disk.
     """
@@ -89,9 +94,8 @@ def text_encoder_name(name: str) -> str | None:
 
 
 def _empty_text_encoder(folder: Path) -> nn.Module:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
-
-    return _on_meta(lambda: Qwen2_5_VLModel(Qwen2_5_VLConfig.from_pretrained(folder)))
+    with torch.device("meta"):
+        return TextEncoder(files.read_json(folder / "config.json"))
 
 
 def _empty_transformer(folder: Path) -> nn.Module:
@@ -124,6 +128,7 @@ TEXT_ENCODER = Component(
     empty=_empty_text_encoder,
     rename=text_encoder_name,
     quantised=lambda path: path.startswith("language_model.layers."),
+    on_host=lambda name: name.startswith("language_model.embed_tokens."),
     blocks={name: name for name in ("language_model.layers", "visual.blocks")},
 )
 TRANSFORMER = Component(
@@ -185,6 +190,8 @@ def _sizes(stored: Mapping[Component, Mapping[str, int]]) -> Sizes:
     for component in (TRANSFORMER, TEXT_ENCODER, VAE):  # the blocks of the first stay first
         found: dict[str, int] = {}
         for name, size in stored[component].items():
+            if component.on_host(name):
+                continue
             unit = unit_of(name, component.blocks.values())
             found[unit] = found.get(unit, 0) + size
         rest += found.get("rest", 0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from image_worker.errors import ModelMismatch
-from image_worker.model.packed import Slot
+from image_worker.model.packed import HOST, Slot
 from image_worker.model.pinned import OnDisk, Pinned
 from image_worker.model.prepared import Prepared, digest
 from image_worker.model.stream import Held
@@ -57,7 +57,8 @@ class Reading:
         for name, file in self._files.items():
             size = file.layout.size
             if name not in streamed:
-                self._places[name] = torch.empty(size, dtype=torch.uint8, device=device)
+                here = torch.device("cpu") if name.endswith(f"/{HOST}") else device
+                self._places[name] = torch.empty(size, dtype=torch.uint8, device=here)
             elif from_disk:
                 self._places[name] = OnDisk(file.path, file.start, size)
             else:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+HOST = "host"  # the unit of tensors that never go to the card
 ALIGNMENT = 512  # bytes; as torch's own allocations on a card have it
 
 
@@ -65,19 +66,12 @@ def _of_state(name: str, state: Any) -> Iterator[Slot]:
         yield from _of_state(f"{name}.nested", getattr(state, "state2", None))
 
 
-def units(module: nn.Module, lists: Iterable[str] = ()) -> dict[str, list[Slot]]:
-    """The slots of each of the module's blocks, and the rest: what is moved as a whole.
-
-    lists: the names of the lists that blocks are in. A block is called as its list and its number.
-    """
-    found: dict[str, list[Slot]] = {}
-    for slot in slots(module):
-        found.setdefault(unit_of(slot.name, lists), []).append(slot)
-    return found
-
-
 def unit_of(name: str, lists: Iterable[str]) -> str:
-    """The unit that the tensor of that name belongs to."""
+    """What the tensor of that name is moved with: its block, named as its list and number, or the
+    rest of the module.
+
+    lists: the names of the lists that blocks are in.
+    """
     for blocks in lists:
         if name.startswith(f"{blocks}."):
             number = name[len(blocks) + 1 :].partition(".")[0]

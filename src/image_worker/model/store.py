@@ -154,7 +154,7 @@ class Store:
                 prepared.digest((folder / name / "config.json").read_bytes())
                 for name in files.COMPONENTS
             ],
-            "libraries": [version(name) for name in ("bitsandbytes", "transformers")],
+            "libraries": [version("bitsandbytes")],
         }
 
 

@@ -1,0 +1,64 @@
+"""What a start imports, which is most of the time that it takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+TEXT = """
+import sys
+from pathlib import Path
+import torch
+from PIL import Image
+from image_worker.catalog import CATALOG
+from image_worker.edit import patches
+from image_worker.model import files
+from image_worker.model.components import TEXT_ENCODER
+from image_worker.model.recipe import Recipe, read_component
+from image_worker.model.text_config import read_patching
+from image_worker.model.tokenizer import TextTokenizer
+from image_worker.settings import Settings
+
+entry, settings, folder = CATALOG["mini"], Settings.from_env({}), Path(CATALOG["mini"].repo)
+recipe = Recipe(settings, entry, folder, (), torch.device("cpu"), torch.bfloat16)
+encoder = read_component(recipe, TEXT_ENCODER, "bf16")
+patching = read_patching(files.read_json(folder / "processor" / "preprocessor_config.json"))
+seen, grid = patches.cut(Image.new("RGB", (128, 128)), patching)
+ids = TextTokenizer(folder / "tokenizer").ids("blur it" + "<|image_pad|>" * 16)
+with torch.inference_mode():
+    encoder(torch.tensor(ids), seen, [grid])
+slow = ("transformers", "diffusers", "accelerate", "sympy")
+sys.exit(" ".join(name for name in slow if name in sys.modules) or None)
+"""
+
+WHOLE = """
+import sys
+sys.modules |= {"transformers": None, "peft": None}  # as if they were not installed
+from image_worker.settings import Settings
+from image_worker.worker import Worker
+from tests.worker_jobs import job
+
+env = {"MODEL": "mini", "MODEL_DIR": sys.argv[1], "KEEP_PREPARED": "1"}
+for prepared in (False, True):
+    worker = Worker.from_settings(Settings.from_env(env))
+    steps = [step.name for step in worker.model.cold_start.steps]
+    assert ("prepare" in steps) is not prepared, steps
+    assert "images" in worker.run_blocking(job())
+    worker.close()
+"""
+
+
+def run(program: str, *arguments: str) -> None:
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_prompts_and_pictures_are_encoded_without_slow_imports() -> None:
+    run(TEXT)
+
+
+def test_a_start_and_a_job_need_no_transformers(tmp_path: Path) -> None:
+    """Prepared or not. diffusers imports it, and peft, which needs it, where they are installed."""
+    run(WHOLE, str(tmp_path))
