@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -39,6 +40,8 @@ class Pinned:
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         status = int(runtime.cudaHostRegister(self.memory.data_ptr(), self.memory.nbytes, 0))
         if status:
+            with suppress(RuntimeError):  # or the next launch, of whatever, would report it
+                torch.zeros(1, device=device)
             raise DoesNotFit(
                 f"the host does not lock {self.memory.nbytes / 2**30:.2f} GiB more of its memory "
                 f"for the card (CUDA error {status}); allow this process more host memory, or "
