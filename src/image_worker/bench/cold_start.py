@@ -3,8 +3,8 @@
 The worker, from weights that an earlier start prepared, and a worker around diffusers' pipeline
 that loads and quantises the same checkpoint to NF4, in turns, each in a process of its own: 1024²,
 one reference, 4 steps, random weights of the true size (FOLDER gets 57 GB, once, and 13 prepared).
-Also how long the prepared files take to be read, and nothing else. With `--evict` they are dropped
-from the page cache before each start of ours, where the file system allows that.
+Also how long the prepared files take to be read, and nothing else. With `--evict` it is all done
+once more with these dropped from the page cache before, where the file system allows that.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the checkpoint is kept")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--evict", action="store_true", help="from the disk, not from memory")
+    parser.add_argument("--evict", action="store_true", help="also from the disk")
     parser.add_argument("--child", choices=("ours", "stock"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -42,21 +42,25 @@ def main() -> None:
         return
     ensure_checkpoint(options.folder)
     results = {"ours, preparing": [start("ours", options.folder)]}
-    raw = []
+    raw: dict[str, list[float]] = {}
     for _ in range(options.rounds):
-        for name in ("ours", "stock"):
-            if options.evict and name == "ours":
-                evict(options.folder)
-            results.setdefault(name, []).append(start(name, options.folder))
-        if options.evict:
-            evict(options.folder)
-        raw.append(read(options.folder))
+        for state in ("from the disk", "from memory") if options.evict else ("from memory",):
+            for work in ("ours", "read"):
+                if state == "from the disk":
+                    evict(options.folder)
+                if work == "ours":
+                    results.setdefault(f"ours, {state}", []).append(start("ours", options.folder))
+                else:
+                    raw.setdefault(state, []).append(read(options.folder))
+        results.setdefault("stock", []).append(start("stock", options.folder))
     sys.stdout.write(f"| seconds | {' | '.join(_COLUMNS)} |\n{'| --- ' * (1 + len(_COLUMNS))}|\n")
     for name, found in results.items():
         cells = (f"{statistics.median(one[column] for one in found):.2f}" for column in _COLUMNS)
         sys.stdout.write(f"| {name} | {' | '.join(cells)} |\n")
     size = sum(file.stat().st_size for file in files(options.folder)) / 1e9
-    sys.stdout.write(f"reading the prepared {size:.1f} GB: {statistics.median(raw):.2f} s\n")
+    for state, seconds in raw.items():
+        taken = statistics.median(seconds)
+        sys.stdout.write(f"reading the prepared {size:.1f} GB {state}: {taken:.2f} s\n")
 
 
 def start(name: str, folder: Path) -> dict[str, float]:

@@ -64,12 +64,12 @@ class Blocks(nn.ModuleList):
             if index is None:
                 yield block
                 continue
-            buffer = self._passages[index % len(self._passages)]
-            buffer.bring(index // len(self._passages))
+            passage = self._passages[index % len(self._passages)]
+            passage.bring(index // len(self._passages))
             try:
                 yield block
             finally:
-                buffer.leave()
+                passage.leave()
 
     def stream(self, held: Mapping[int, Held], device: torch.device) -> None:
         """From now on these blocks pass through the card, by their numbers."""
@@ -84,8 +84,8 @@ class Blocks(nn.ModuleList):
         queues: list[list[Held]] = [[] for _ in self._passages]
         for index, number in enumerate(self.away):
             queues[index % len(queues)].append(self._held[number])
-        for buffer, queue in zip(self._passages, queues, strict=True):
-            buffer.serve(queue)
+        for passage, queue in zip(self._passages, queues, strict=True):
+            passage.serve(queue)
 
     def give_up(self, device: torch.device) -> bool:
         """Half of the blocks that stayed leave the card for good; false if none stayed."""
@@ -110,8 +110,8 @@ class Blocks(nn.ModuleList):
         try:
             yield
         finally:
-            for buffer in self._passages:
-                buffer.fill()
+            for passage in self._passages:
+                passage.fill()
 
 
 def blocks_of(*modules: nn.Module) -> list[Blocks]:
