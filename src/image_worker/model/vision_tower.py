@@ -20,7 +20,7 @@ from image_worker.model.text_config import VisionConfig
 from image_worker.model.text_layers import GatedMlp, Linear, RmsNorm, Rope, frequencies, rope, turn
 
 Grid = tuple[int, int]  # a picture's rows and columns of patches
-Run = tuple[int, int]  # how many stretches of tokens, one after the other, and of which length
+Run = tuple[int, int]  # how many stretches of patches, one after the other, and of which length
 _EPSILON = 1e-6  # of all norms; in no configuration
 
 
