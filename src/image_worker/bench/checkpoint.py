@@ -42,7 +42,7 @@ def write_checkpoint(cache: Path, entry: ModelEntry) -> Path:
         models = {
             "transformer": transformer,
             "vae": AutoencoderKLQwenImage(),
-            "text_encoder": Qwen2_5_VLForConditionalGeneration(_text_config()),
+            "text_encoder": Qwen2_5_VLForConditionalGeneration(text_config()),
         }
     for name, model in models.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def snapshot(cache: Path, repo: str, revision: str) -> Path:
     return folder
 
 
-def _text_config() -> Any:
+def text_config() -> Any:
     """Qwen2.5-VL-7B, with the miniature's token numbers, since its tokenizer is used."""
     ids = json.loads((_MINIATURE / "text_encoder" / "config.json").read_text())
     return Qwen2_5_VLConfig(
