@@ -47,14 +47,14 @@ def load(
     device: torch.device,
     *,
     rename: Rename = lambda name: name,
-    cut: Cut = lambda tensor: tensor,
+    cut: Cut | None = None,
     loras: Sequence[Lora] = (),
     label: str = "",
 ) -> None:
     """Fills `module`, whose parameters are on the meta device, from safetensors `files`.
 
     rename: the module's name for a checkpoint's tensor, or None for one that is not needed;
-    cut: the part of a checkpoint's tensor that is needed.
+    cut: the part of a checkpoint's tensor that is needed, if not all of it.
 
     Raises:
         ModelMismatch: a tensor without a place, a place without a tensor, a shape that differs, or
@@ -70,7 +70,8 @@ def load(
         if target not in missing:
             raise ModelMismatch(f"{label}: the checkpoint has {name}, which the model has not")
         missing.remove(target)
-        tensor = cut(tensor)
+        if cut is not None:
+            tensor = cut(tensor)
         _check_shape(module, target, tensor.shape)
         if not storage.on_disk(target.rpartition(".")[0]):
             _place(module, target, tensor, storage, device, loras)
@@ -159,7 +160,7 @@ def stored_bytes(
     files: list[Path],
     storage: Storage,
     rename: Rename = lambda name: name,
-    cut: Cut = lambda tensor: tensor,
+    cut: Cut | None = None,
 ) -> int:
     """What `load` will keep on the device, in bytes, from the files' headers alone.
 
@@ -169,10 +170,11 @@ def stored_bytes(
     total = 0
     for file in files:
         for name, part in TensorFile.open(file).parts.items():
-            target = rename(name)
+            target, shape = rename(name), part.shape
             if target is None:
                 continue
-            shape = cut(torch.empty(part.shape, device="meta")).shape
+            if cut is not None:
+                shape = cut(torch.empty(shape, device="meta")).shape
             path, _, leaf = target.rpartition(".")
             if storage.on_disk(path):
                 continue
