@@ -35,16 +35,17 @@ class Component:
 
     kind: the class that its configuration must name; empty(folder): the module, its parameters on
     the meta device; rename: the module's name for a checkpoint's tensor, None if it is not needed;
-    cut: what is needed of a checkpoint's tensor; quantised, on_disk: whether the linear layer of a
-    name is; on_host: whether the tensor of a name never goes to the card; blocks: the lists that
-    most of the weights are in, as they are called in the module that serves, and in the checkpoint.
+    cut: what is needed of a checkpoint's tensor, None for all; quantised, on_disk: whether the
+    linear layer of a name is; on_host: whether the tensor of a name never goes to the card; blocks:
+    the lists that most of the weights are in, as they are called in the module that serves, and in
+    the checkpoint.
     """
 
     name: str
     kind: str
     empty: Callable[[Path], nn.Module]
     rename: weights.Rename = lambda name: name
-    cut: weights.Cut = lambda tensor: tensor
+    cut: weights.Cut | None = None
     quantised: Callable[[str], bool] = lambda path: False  # noqa: ARG005
     on_disk: Callable[[str], bool] = lambda path: False  # noqa: ARG005
     on_host: Callable[[str], bool] = lambda name: False  # noqa: ARG005

@@ -48,7 +48,7 @@ def load(
     device: torch.device,
     *,
     rename: Rename = lambda name: name,
-    cut: Cut = lambda tensor: tensor,
+    cut: Cut | None = None,
     loras: Sequence[Lora] = (),
     label: str = "",
     home: torch.device | None = None,
@@ -56,8 +56,8 @@ def load(
     """Fills `module`, whose parameters are on the meta device, from safetensors `files`.
 
     rename: the module's name for a checkpoint's tensor, or None for one that is not needed;
-    cut: the part of a checkpoint's tensor that is needed; home: where tensors stay that were made
-    on `device`, if not there.
+    cut: the part of a checkpoint's tensor that is needed, if not all of it; home: where tensors
+    stay that were made on `device`, if not there.
 
     Raises:
         ModelMismatch: a tensor without a place, a place without a tensor, a shape that differs, or
@@ -73,7 +73,8 @@ def load(
         if target not in missing:
             raise ModelMismatch(f"{label}: the checkpoint has {name}, which the model has not")
         missing.remove(target)
-        tensor = cut(tensor)
+        if cut is not None:
+            tensor = cut(tensor)
         _check_shape(module, target, tensor.shape)
         if not storage.on_disk(target.rpartition(".")[0]):
             _place(module, target, tensor, storage, device, loras)
@@ -165,7 +166,7 @@ def stored_bytes(
     files: list[Path],
     storage: Storage,
     rename: Rename = lambda name: name,
-    cut: Cut = lambda tensor: tensor,
+    cut: Cut | None = None,
 ) -> dict[str, int]:
     """What `load` will keep of each tensor, in bytes, from the files' headers alone.
 
@@ -175,10 +176,11 @@ def stored_bytes(
     found = {}
     for file in files:
         for name, part in TensorFile.open(file).parts.items():
-            target = rename(name)
+            target, shape = rename(name), part.shape
             if target is None:
                 continue
-            shape = cut(torch.empty(part.shape, device="meta")).shape
+            if cut is not None:
+                shape = cut(torch.empty(shape, device="meta")).shape
             path, _, leaf = target.rpartition(".")
             if storage.on_disk(path):
                 continue
