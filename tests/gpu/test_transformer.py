@@ -11,6 +11,7 @@ import torch
 
 from image_worker.bench.forward import ours, relative, stock
 from image_worker.bench.random_model import quantise, random_model, random_row
+from image_worker.bench.stock_nf4 import use_bitsandbytes
 from image_worker.compute import Compute, possible
 from image_worker.model.transformer import Row, velocities
 from image_worker.settings import Precision
@@ -34,6 +35,7 @@ def nf4_error(model: Any) -> float:
     """Of diffusers' module with NF4 weights."""
     quantised = copy.deepcopy(model)
     quantise(quantised.transformer_blocks, "4bit")
+    use_bitsandbytes(quantised.transformer_blocks, torch.bfloat16)
     row = few_bit_rows()[0]
     return relative(stock(quantised, [row])[0], stock(model, [row])[0])
 
@@ -61,6 +63,7 @@ def test_bf16_equals_stock_alone_and_in_company(model: Any, int8_attention: bool
         ("fp8", "fp8", True),
         ("8bit", "int8", False),
         ("8bit", "int8", True),
+        ("4bit", "bf16", False),
         ("4bit", "fp8", False),
         ("4bit", "fp8", True),
         ("4bit", "int8", False),

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from image_worker.kernels import fused, int8, nf4, products
 
-BF16, FP8, INT8, FP32 = "*bf16", "*fp8e4nv", "*i8", "*fp32"
+BF16, FP16, FP8, INT8, FP32 = "*bf16", "*fp16", "*fp8e4nv", "*i8", "*fp32"
 INT, INDEX, BYTES, INT32 = "i32", "*i64", "*u8", "*i32"
 NORM = dict.fromkeys(("x", "y", "gate", "shift", "scale"), BF16) | {
     "owner": INDEX,
@@ -29,12 +29,17 @@ NORM = dict.fromkeys(("x", "y", "gate", "shift", "scale"), BF16) | {
     "stride": INT,
 }
 FLAGS = {"ADD": True, "MODULATE": True, "ROUND": True, "CLIP": False}
-DECODE = (
-    {"codes": INT32, "scales": BYTES}
-    | dict.fromkeys(("levels", "scales_of_scales", "offsets", "grid", "row_scales"), FP32)
-    | {"found": INT32}
-    | dict.fromkeys(("rows", "blocks", "layer_rows", "layer_stride"), INT)
+SCALES = dict.fromkeys(("levels", "scales_of_scales", "offsets", "grid"), FP32)
+DECODE = {"codes": BYTES, "scales": BYTES, **SCALES, "into": BF16} | dict.fromkeys(
+    ("blocks", "layer_blocks", "layer_stride"), INT
 )
+DECODE_ROUNDED = {
+    "codes": INT32,
+    "scales": BYTES,
+    **SCALES,
+    "row_scales": FP32,
+    "found": INT32,
+} | dict.fromkeys(("rows", "blocks", "layer_rows", "layer_stride"), INT)
 DECODE_SIZES = {"ROWS": nf4._ROWS, "BLOCKS": nf4._BLOCKS, "WORDS": nf4._WORDS}
 MULTIPLY = {"x": INT8, "x_scales": FP32, "weight": INT8, "scales": FP32, "bias": BF16} | {
     "into": BF16,
@@ -54,7 +59,7 @@ PRODUCTS = {
 ALIGNED = ("rows", "columns", "stride")  # of numbers, those that are multiples of 16
 LEAST_FOR_FP8, HOPPER = 89, 90
 
-Kernel = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
+Kernel = tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
 
 
 def kernels(capability: int) -> Iterator[Kernel]:
@@ -67,7 +72,9 @@ def kernels(capability: int) -> Iterator[Kernel]:
         quantise = {"x": BF16, "places": INDEX, **rounded, "width": INT}
         yield fused._quantise_kernel, quantise, {"GATHER": True, "BLOCK": 4096}, {"num_warps": 4}
         flags = DECODE_SIZES | {"INT8": values == INT8}
-        yield nf4._decode_kernel, DECODE, flags, {"num_warps": 4}
+        yield nf4._decode_rounded_kernel, DECODE_ROUNDED, flags, {"num_warps": 4}
+    for into in (BF16, FP16):
+        yield nf4._decode_kernel, DECODE | {"into": into}, {"RUN": nf4._RUN}, nf4.LAUNCH
     flags = FLAGS | {"ROUND": False, "BLOCK": 4096}
     yield fused._norm_kernel, NORM | {"values": BF16, "scales": BF16}, flags, {"num_warps": 4}
     yield (
@@ -101,8 +108,9 @@ def main() -> None:
         }
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
         compiled = triton.compile(source, target=target, options=launch)
-        shared = compiled.metadata.shared
-        print(kernel.__name__, len(compiled.asm["cubin"]), "bytes, of shared memory", shared)
+        size, shared = len(compiled.asm["cubin"]), compiled.metadata.shared
+        count = compiled.asm["ptx"].count("fma.rn.f32")
+        print(kernel.__name__, size, "bytes,", count, "fused products, of shared memory", shared)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from image_worker.kernels.cuda import compiled
 # Kernels: those of int8, from 8.9 on those of FP8, and Hopper's own; KiB that a program may share.
 @pytest.mark.parametrize(
     ("capability", "kernels", "most"),
-    [("80", 8, 163), ("89", 12, 99), ("90", 14, 227), ("120", 12, 99)],
+    [("80", 10, 163), ("89", 14, 99), ("90", 16, 227), ("120", 14, 99)],
 )
 def test_kernels_compile(capability: str, kernels: int, most: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.kernels.compiling", capability]
@@ -28,6 +28,8 @@ def test_kernels_compile(capability: str, kernels: int, most: int, tmp_path: Pat
     assert done.stdout.count("_kernel") == kernels
     shared = [int(line.rsplit(maxsplit=1)[1]) for line in done.stdout.splitlines()]
     assert 0 < max(shared) <= most * 1024
+    exact = [line for line in done.stdout.splitlines() if line.startswith("_decode_kernel ")]
+    assert len(exact) == 2 and all(" 0 fused products" in line for line in exact)
 
 
 def test_attention_compiles_without_spilling_registers() -> None:

@@ -73,8 +73,9 @@ def edit(**variables: str) -> tuple[str, Any]:
     [("bf16", "auto"), ("fp8", "fp8"), ("4bit", "auto"), ("4bit", "int8")],
 )
 def test_the_second_start_makes_the_same_picture(
-    precision: str, compute: str, tmp_path: Path, caplog: Any
+    precision: str, compute: str, tmp_path: Path, caplog: Any, monkeypatch: Any
 ) -> None:
+    """Which needs no bitsandbytes: its import takes seconds."""
     variables = {
         "precision_mode": precision,
         "compute": compute,
@@ -83,6 +84,8 @@ def test_the_second_start_makes_the_same_picture(
     }
     first, _ = edit(keep_prepared="1", **variables)
     written = contents(folder_of(tmp_path))
+    for name in ("bitsandbytes", "bitsandbytes.functional", "bitsandbytes.nn"):
+        monkeypatch.setitem(sys.modules, name, None)  # to import it is an error now
     second, model = edit(keep_prepared="1", **variables)
     assert first == second
     assert contents(folder_of(tmp_path)) == written

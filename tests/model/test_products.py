@@ -28,6 +28,7 @@ from tests.model.test_quantised import stored
 CPU = torch.device("cpu")
 # The miniature is deeper in noise than the full model: what it makes of 1% is 3 to 5%.
 TOLERANCE: dict[Compute, float] = {"int8": 0.06, "fp8": 0.16}
+EXACT = 1e-4  # float32, in another order
 ATTENTION_TOLERANCE = 0.2  # int8 attention's own share, of these random tokens
 KINDS = {"8bit": "W8A8", "fp8": "W8A8", "4bit": "Nf4"}
 
@@ -89,6 +90,11 @@ def test_rounded_products(precision: Precision, compute: Compute) -> None:
         assert 0.005 < error <= TOLERANCE[compute], error
 
 
+def test_weights_in_4_bits_are_widened_exactly() -> None:
+    for error in compare("4bit", "bf16", ROWS):
+        assert error <= EXACT
+
+
 @pytest.mark.parametrize(("precision", "compute"), [("8bit", "int8"), ("fp8", "fp8")])
 def test_attention_in_int8_feeds_both(precision: Precision, compute: Compute) -> None:
     for error in compare(precision, compute, ROWS, Int8(CPU)):
@@ -97,6 +103,6 @@ def test_attention_in_int8_feeds_both(precision: Precision, compute: Compute) ->
 
 def test_the_cards_kernels_do_the_same(monkeypatch: Any) -> None:
     """In Triton's interpreter, which is slow: two blocks, few tokens."""
-    monkeypatch.setattr(module, "_operations", lambda device: fused)
+    monkeypatch.setattr(module, "operations", lambda device: fused)
     [error] = compare("8bit", "int8", [row(4, 0, 7, 1)], blocks=2)
     assert 0.003 < error <= TOLERANCE["int8"]

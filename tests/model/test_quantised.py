@@ -1,4 +1,4 @@
-"""4-bit and 8-bit weights on the CPU, through bitsandbytes: bytes, pictures, and the LoRA."""
+"""Weights in few bits on the CPU: against bitsandbytes, their pictures, their bytes, the LoRA."""
 
 from __future__ import annotations
 
@@ -9,29 +9,42 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from image_worker.bench.stock_nf4 import quant_state
 from image_worker.edit import conditions
 from image_worker.edit.decode import decode
 from image_worker.edit.denoise import denoise, start
+from image_worker.errors import ModelMismatch
+from image_worker.kernels.reference import decode_nf4
 from image_worker.model.build import Model
-from image_worker.model.components import TEXT_ENCODER, TRANSFORMER
-from image_worker.model.formats import FORMATS
+from image_worker.model.components import TEXT_ENCODER, TRANSFORMER, Component
+from image_worker.model.formats import FORMATS, nf4
 from image_worker.model.formats.fp8 import Fp8Linear
+from image_worker.model.formats.nf4 import Nf4Linear
 from image_worker.model.lora import Lora
 from tests.conftest import MINI, MINI_FOLDER, build_mini, make_picture, mini_model, read_mini
 from tests.pictures import psnr
 
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
 
 def stored(layer: Any) -> Tensor:
     """The weight that a quantised layer stands for, float32."""
-    if isinstance(layer, bnb.nn.Linear4bit):
-        state = layer.weight.quant_state
-        return bnb.functional.dequantize_4bit(layer.weight.data, state).float()
+    if isinstance(layer, Nf4Linear):
+        return decoded(layer, torch.float32)
     if isinstance(layer, bnb.nn.Linear8bitLt):
         return layer.state.CB.float() * layer.state.SCB[:, None] / 127
     if isinstance(layer, Fp8Linear):
         return layer.weight.float() * layer.scales
     assert isinstance(layer, nn.Linear)
     return layer.weight.float()
+
+
+def decoded(layer: Nf4Linear, dtype: torch.dtype) -> Tensor:
+    """By bitsandbytes."""
+    state = quant_state(layer.weight, dtype)
+    return bnb.functional.dequantize_4bit(  # type: ignore[no-any-return]
+        layer.weight.codes.view(-1, 1), state
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "4bit"])
@@ -54,7 +67,7 @@ def test_the_lora_survives(precision: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "kind"), [("fp8", "Fp8Linear"), ("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")]
+    ("precision", "kind"), [("fp8", "Fp8Linear"), ("8bit", "Linear8bitLt"), ("4bit", "Nf4Linear")]
 )
 def test_what_is_quantised(precision: str, kind: str) -> None:
     transformer = read_mini(TRANSFORMER, torch.bfloat16, precision)
@@ -62,7 +75,7 @@ def test_what_is_quantised(precision: str, kind: str) -> None:
     linear = {
         name: type(module).__name__
         for name, module in transformer.named_modules()
-        if isinstance(module, (nn.Linear, Fp8Linear))
+        if isinstance(module, (nn.Linear, Fp8Linear, Nf4Linear))
     }
     in_blocks = {name for name in linear if name.startswith("transformer_blocks.")}
     modulation = {name for name in in_blocks if "_mod." in name}
@@ -77,7 +90,7 @@ def test_quantize_components_text_leaves_the_transformer_alone() -> None:
     model = build_mini(torch.bfloat16, precision_mode="4bit", quantize_components="text")
     assert type(model.transformer.blocks[1].qkv.image).__name__ == "Plain"
     layer = model.text_encoder.language_model.layers[0].mlp.up_proj
-    assert type(layer).__name__ == "Linear4bit"
+    assert type(layer).__name__ == "Nf4Linear"
 
 
 @pytest.mark.parametrize(("precision", "least"), [("fp8", 30.0), ("8bit", 30.0), ("4bit", 20.0)])
@@ -107,24 +120,48 @@ def test_the_picture_stays_near_with_attention_in_int8() -> None:
         assert 25 <= psnr(found, exact) < 100
 
 
-def test_layers_compute_as_told() -> None:
-    weight = torch.randn(64, 64).bfloat16()
-    nf4, int8 = (FORMATS[name] for name in ("4bit", "8bit"))  # type: ignore[index]
-    assert nf4.encode(weight, False, torch.float16).compute_dtype == torch.float16
-    assert int8.encode(weight, False, torch.float16).state.threshold == 6.0
-
-
-def test_nf4_is_bitsandbytes_own() -> None:
-    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    form = FORMATS["4bit"]
+def test_int8_has_llm_int8s_threshold() -> None:
+    form = FORMATS["8bit"]
     assert form is not None
-    ours: Any = form.encode(weight.clone(), False, torch.bfloat16)
-    theirs = bnb.nn.LinearNF4(128, 96, bias=False, compute_dtype=torch.bfloat16)
-    theirs = theirs.to(torch.bfloat16)
+    layer: Any = form.encode(torch.randn(64, 64).bfloat16(), False, torch.float16)
+    assert layer.state.threshold == 6.0
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(96, 128), (1030, 64), (8, 3072)])
+def test_nf4_is_bitsandbytes_own(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rows, columns = shape
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours: Any = nf4.encode(weight.clone(), False, dtype)
+    theirs = bnb.nn.LinearNF4(columns, rows, bias=False, compute_dtype=dtype).to(dtype)
     theirs.load_state_dict({"weight": weight})
     theirs = theirs.to("cpu")
-    assert torch.equal(ours.weight.data, theirs.weight.data)
-    assert torch.equal(stored(ours), stored(theirs))
+    theirs.support_avx512bf16_for_cpu = False  # it would multiply in another order
+    state = theirs.weight.quant_state
+    assert torch.equal(ours.weight.codes.view(-1, 1), theirs.weight.data)
+    assert torch.equal(ours.weight.scales.flatten(), state.absmax)
+    assert torch.equal(decoded(ours, dtype), bnb.functional.dequantize_4bit(theirs.weight, state))
+    x = torch.randn(2, 5, columns).to(dtype)
+    found = ours(x)
+    assert found.dtype == dtype
+    assert torch.equal(found, theirs(x))
+
+
+@pytest.mark.parametrize("component", [TEXT_ENCODER, TRANSFORMER], ids=lambda one: one.name)
+def test_every_layer_of_the_miniature_decodes_to_bitsandbytes_bits(component: Component) -> None:
+    module = read_mini(component, torch.bfloat16, "4bit")
+    layers = [layer for layer in module.modules() if isinstance(layer, Nf4Linear)]
+    assert len(layers) == {"text_encoder": 3 * 7, "transformer": 7 * 12}[component.name]
+    for layer in layers:
+        for dtype in TYPES:
+            found = torch.empty(layer.weight.shape, dtype=dtype)
+            decode_nf4(layer.weight, found)
+            assert torch.equal(found, decoded(layer, dtype))
+
+
+def test_rows_that_are_no_blocks_are_refused() -> None:
+    with pytest.raises(ModelMismatch, match="multiple of 64 weights, not of 96"):
+        nf4.encode(torch.randn(64, 96), False, torch.float32)
 
 
 @pytest.mark.parametrize("precision", ["fp8", "8bit", "4bit"])

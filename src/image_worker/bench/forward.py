@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from image_worker.bench.random_model import CARD, random_model, random_row
+from image_worker.bench.stock_nf4 import use_bitsandbytes
 from image_worker.compute import Compute, automatic, possible
 from image_worker.model.attention import Int8
 from image_worker.model.formats import FORMATS
@@ -152,6 +153,7 @@ def _compare(
         served = {ways[0]: _transformer(model, ways[0])}
     else:
         served = {way: ours(model, *way) for way in (ways if extent == "all ways" else ways[:1])}
+        use_bitsandbytes(model.transformer_blocks, torch.bfloat16)  # as stock has them
     results = []
     for case, row in rows.items():
         given = [row] * options.batch

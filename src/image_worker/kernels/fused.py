@@ -18,7 +18,7 @@ from image_worker.kernels.reference import EPSILON, Activation, Quantised, strea
 from image_worker.kernels.rounding import factor_of_token, rounded, store_rounded
 
 if TYPE_CHECKING:
-    from image_worker.model.linear import Nf4
+    from image_worker.model.formats.nf4 import Nf4Weight
 
 _FP16_MAX = tl.constexpr(65504.0)
 _EPSILON = tl.constexpr(EPSILON)
@@ -118,9 +118,12 @@ def to_joint_heads(
     return joint[0], joint[1], joint[2]
 
 
-def decode_nf4(weight: Nf4, into: Tensor) -> Tensor:
+def decode_nf4(weight: Nf4Weight, into: Tensor, row_scales: Tensor | None = None) -> None:
     """As `reference.decode_nf4`."""
-    return nf4.decode(weight, into)
+    if row_scales is None:
+        nf4.decode(weight, into)
+    else:
+        nf4.decode_rounded(weight, into, row_scales)
 
 
 def _to_quantised(x: Tensor, places: Tensor | None, round_to: torch.dtype) -> Quantised:

@@ -1,8 +1,9 @@
-"""NF4 weights decoded to FP8 or int8: just before each product, into a buffer that all share.
+"""NF4 weights decoded, just before each product: to FP8 or int8, or to a wider type.
 
-A block of 64 weights can only become 16 values. So each block's values are computed once, packed
-into four registers, and weights are looked up there, four at a time, by the instruction that
-permutes bytes.
+A block of 64 weights can only become 16 values. For FP8 and int8 each block's values are computed
+once, packed into four registers, and weights are looked up there, four at a time, by the
+instruction that permutes bytes. For wider types, of which twice as many bytes are written, each
+weight is looked up and scaled by itself, to the bits of its definition.
 """
 
 from __future__ import annotations
@@ -17,45 +18,94 @@ from torch import Tensor
 from image_worker.kernels.rounding import to_int8
 
 if TYPE_CHECKING:
-    from image_worker.model.linear import Nf4
+    from image_worker.model.formats.nf4 import Nf4Weight
 
-_ROWS, _BLOCKS = 8, 16  # of one program's tile
+_ROWS, _BLOCKS = 8, 16  # of one program's tile, for FP8 and int8
+_RUN = 64  # blocks of one program, for wider types
+# Scales are rounded after their product and after their sum, as torch does it: not fused.
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 _WORDS = 8  # of 32 bits in a block of 64 weights
 # Triton's interpreter knows no PTX: there the same is computed in its own words.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def decode(weight: Nf4, into: Tensor) -> Tensor:
-    """As `reference.decode_nf4`."""
-    rows, half = weight.codes.shape
-    columns = 2 * half
-    found = into[: rows * columns].view(weight.round_to).view(rows, columns)
-    layers = len(weight.offsets)
+def decode(weight: Nf4Weight, into: Tensor) -> None:
+    """As `reference.decode_nf4` without scales of rows. into: contiguous, bf16, fp16 or float32."""
+    blocks = weight.scales.numel()
+    _decode_kernel[(triton.cdiv(blocks, _RUN),)](
+        weight.codes,
+        weight.scales,
+        weight.levels,
+        weight.scales_of_scales,
+        weight.offsets,
+        weight.grid,
+        into,
+        blocks,
+        blocks // len(weight.offsets),
+        weight.scales_of_scales.stride(0),
+        RUN=_RUN,
+        **LAUNCH,
+    )
+
+
+def decode_rounded(weight: Nf4Weight, into: Tensor, row_scales: Tensor) -> None:
+    """As `reference.decode_nf4` into FP8 or int8. into: contiguous."""
+    rows, columns = into.shape
     programs = (triton.cdiv(rows, _ROWS), triton.cdiv(columns // 64, _BLOCKS))
-    _decode_kernel[programs](
+    _decode_rounded_kernel[programs](
         weight.codes.view(torch.int32),
         weight.scales,
         weight.levels,
         weight.scales_of_scales,
         weight.offsets,
         weight.grid,
-        weight.row_scales,
-        found.view(torch.int32),
+        row_scales,
+        into.view(torch.int32),
         rows,
         columns // 64,
-        rows // layers,
+        rows // len(weight.offsets),
         weight.scales_of_scales.stride(0),
         ROWS=_ROWS,
         BLOCKS=_BLOCKS,
         WORDS=_WORDS,
-        INT8=weight.round_to == torch.int8,
+        INT8=into.dtype == torch.int8,
         num_warps=4,
     )
-    return found
 
 
 @triton.jit
 def _decode_kernel(  # type: ignore[no-untyped-def]
+    codes,
+    scales,
+    levels,
+    scales_of_scales,
+    offsets,
+    grid,
+    into,
+    blocks,
+    layer_blocks,
+    layer_stride,
+    RUN: tl.constexpr,
+):
+    block = (tl.program_id(0) * RUN + tl.arange(0, RUN))[:, None]
+    inside = block < blocks
+    pair = tl.arange(0, 32)[None, :]
+    code = tl.load(codes + block * 32 + pair, mask=inside, other=0).to(tl.int32)
+
+    layer = block // layer_blocks
+    outer = layer * layer_stride + block % layer_blocks // 256
+    scale = _scale(scales + block, levels, scales_of_scales + outer, inside)
+    scale += tl.load(offsets + layer, mask=inside, other=0.0)
+
+    dtype = into.dtype.element_ty
+    earlier = (tl.load(grid + (code >> 4)) * scale).to(dtype)
+    later = (tl.load(grid + (code & 15)) * scale).to(dtype)
+    both = tl.reshape(tl.join(earlier, later), (RUN, 64))
+    tl.store(into + block * 64 + tl.arange(0, 64)[None, :], both, mask=inside)
+
+
+@triton.jit
+def _decode_rounded_kernel(  # type: ignore[no-untyped-def]
     codes,
     scales,
     levels,
@@ -83,11 +133,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 
     # Counted from the layer's first block, as its scales of scales are.
     number = row % layer_rows * blocks + block
-    level = tl.load(scales + at, mask=inside, other=0)
     outer = layer * layer_stride + number // 256
-    scale = tl.load(levels + level.to(tl.int32)) * tl.load(
-        scales_of_scales + outer, mask=inside, other=0.0
-    )
+    scale = _scale(scales + at, levels, scales_of_scales + outer, inside)
     scale += tl.load(offsets + layer, mask=row < rows, other=0.0)
     scale /= tl.load(row_scales + row, mask=row < rows, other=1.0)
     scale = scale[:, :, None]
@@ -106,6 +153,13 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     both = tl.reshape(tl.join(first, second), (ROWS, BLOCKS, 2 * WORDS))
     target = tl.arange(0, 2 * WORDS)[None, None, :]
     tl.store(found + at[:, :, None] * (2 * WORDS) + target, both, mask=inside[:, :, None])
+
+
+@triton.jit
+def _scale(scales, levels, scales_of_scales, inside):  # type: ignore[no-untyped-def]
+    """Of blocks, without their layer's offset."""
+    level = tl.load(levels + tl.load(scales, mask=inside, other=0).to(tl.int32))
+    return level * tl.load(scales_of_scales, mask=inside, other=0.0)
 
 
 @triton.jit

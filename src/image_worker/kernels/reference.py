@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from image_worker.model.linear import Nf4
+    from image_worker.model.formats.nf4 import Nf4Weight
 
 EPSILON = 1e-6  # of every norm in this architecture
 FP8 = torch.float8_e4m3fn
@@ -244,28 +244,29 @@ def _sums_of_integers(x: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(padded, weight.t())[: len(x)]
 
 
-def decode_nf4(weight: Nf4, into: Tensor) -> Tensor:
-    """The weights in FP8 or int8, (rows, columns), in the memory of `into` (uint8, large enough).
-
-    What to multiply them by is `weight.row_scales`.
-    """
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
-    rows, half = weight.codes.shape
+def nf4_scales(weight: Nf4Weight) -> Tensor:
+    """Of each block of 64 weights, (rows, columns / 64) float32."""
     levels = weight.levels[weight.scales.int()].view(len(weight.offsets), -1)
     outer = weight.scales_of_scales.repeat_interleave(256, dim=1)[:, : levels.shape[1]]
-    scales = (levels * outer + weight.offsets[:, None]).view(rows, -1) / weight.row_scales
-    found = into[: 2 * weight.codes.numel()].view(weight.round_to).view(rows, 2 * half)
-    for first in range(0, rows, _PIECE):
+    return (levels * outer + weight.offsets[:, None]).view(weight.scales.shape)
+
+
+def decode_nf4(weight: Nf4Weight, into: Tensor, row_scales: Tensor | None = None) -> None:
+    """The weights into (rows, columns), rounded to its type from float32.
+
+    row_scales (rows, 1) float32, for FP8 and int8: what rows are divided by before they are
+    rounded, and are to be multiplied by when they are used.
+    """
+    scales = nf4_scales(weight)
+    if row_scales is not None:
+        scales = scales / row_scales
+    # The two values that each byte stands for. Looked up as one number of 64 bits, not as a row of
+    # two, since a CPU takes half as long for that.
+    grid = weight.grid.expand(16, 16)
+    pairs = torch.stack([grid.t(), grid], dim=2).view(torch.int64).flatten()
+    for first in range(0, len(into), _PIECE):
         piece = slice(first, first + _PIECE)
-        codes = weight.codes[piece]
-        state = QuantState(
-            scales[piece].flatten(),
-            shape=torch.Size((len(codes), 2 * half)),
-            code=weight.grid,
-            blocksize=64,
-            quant_type="nf4",
-            dtype=torch.float32,
-        )
-        found[piece] = round_values(dequantize_4bit(codes, state), weight.round_to)
-    return found
+        codes = weight.codes[piece].int().flatten()
+        values = pairs.index_select(0, codes).view(torch.float32).view(-1, 64)
+        values *= scales[piece].view(-1, 1)
+        into[piece] = round_values(values, into.dtype).view(-1, into.shape[1])

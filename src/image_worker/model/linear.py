@@ -11,8 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from image_worker.kernels.reference import LARGEST, LEAST_AMAX, Quantised
+from image_worker.kernels.reference import (
+    LARGEST,
+    LEAST_AMAX,
+    Activation,
+    Quantised,
+    nf4_scales,
+    streams,
+)
 from image_worker.model.formats.fp8 import Fp8Linear
+from image_worker.model.formats.nf4 import Nf4Weight
 
 
 class Plain(nn.Module):
@@ -29,7 +37,7 @@ class Plain(nn.Module):
 
 
 class Modules(nn.Module):
-    """Layers that multiply in a way of their own, as bitsandbytes' do."""
+    """Layers that multiply in a way of their own, as bitsandbytes' in 8 bits do."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -83,55 +91,57 @@ class W8A8(nn.Module):
 
 
 class Nf4(nn.Module):
-    """The same product in both streams, with NF4 weights that are decoded to FP8 or int8 each time.
+    """The same product in both streams, with NF4 weights that are decoded each time.
 
-    Weights (rows, columns) of layers of one shape, one below the other: first those for pictures,
-    then as many for prompts. All are decoded at once, since every launch takes its time; the
-    prompts' last, with which the product begins: they are still in the card's cache.
-
-    codes (rows, columns / 2) uint8, the earlier value in the higher half; scales (rows,
-    columns / 64) uint8, which are numbers of `levels` (256); scales_of_scales (layers, a layer's
-    scales / 256, rounded up) and offsets (layers), float32: a block's scale is its level times its
-    scale of scales, plus the offset. row_scales (rows, 1) float32: what to multiply each decoded
-    row by.
+    weight: layers of one shape: first those for pictures, then as many for prompts. All are decoded
+    at once, since every launch takes its time; the prompts' last, with which the product begins:
+    they are still in the card's cache. row_scales (rows, 1) float32: what to multiply each row by
+    that is decoded to FP8 or int8; None where rows are decoded to the activations' own type.
     """
 
+    row_scales: Tensor | None
+
     def __init__(
-        self, layers: Sequence[Any], scratch: Scratch, ops: Any, round_to: torch.dtype
+        self, layers: Sequence[Any], scratch: Scratch, ops: Any, round_to: torch.dtype | None
     ) -> None:
-        """layers: bitsandbytes' `Linear4bit`; round_to: FP8 or int8."""
+        """layers: `Nf4Linear`, with biases; round_to: FP8, int8, or None."""
         super().__init__()
-        states = [layer.weight.quant_state for layer in layers]
-        rows, columns = states[0].shape
-        self.codes = _buffer([layer.weight.view(rows, columns // 2) for layer in layers])
-        self.scales = _buffer([state.absmax.view(rows, -1) for state in states])
-        self.levels = nn.Buffer(states[0].state2.code.float())
-        self.scales_of_scales = nn.Buffer(torch.stack([state.state2.absmax for state in states]))
-        self.offsets = nn.Buffer(torch.stack([state.offset.float() for state in states]))
-        self.grid = nn.Buffer(states[0].code.float())
-        self.row_scales = _buffer([_largest(state) / LARGEST[round_to] for state in states])
+        self.weight = Nf4Weight.stacked([layer.weight for layer in layers])
+        row_scales = _largest(self.weight) / LARGEST[round_to] if round_to else None
+        self.register_buffer("row_scales", row_scales)
         self.bias = _buffer([layer.bias for layer in layers])
         self.round_to = round_to
         self._ops, self._scratch = ops, scratch
-        scratch.reserve(self.codes.numel() * 2)
+        scratch.reserve(*self.weight.shape)
 
-    def forward(self, x: Quantised, text_tokens: int) -> Tensor:
+    def forward(self, x: Activation, text_tokens: int) -> Tensor:
         """As `Pair.forward`."""
-        weight = self._ops.decode_nf4(self, self._scratch.memory)
-        found: Tensor = self._ops.multiply(x, text_tokens, weight, self.row_scales, self.bias)
-        return found
+        weight = self._scratch.matrix(*self.weight.shape)
+        self._ops.decode_nf4(self.weight, weight, self.row_scales)
+        if isinstance(x, Quantised):
+            found: Tensor = self._ops.multiply(x, text_tokens, weight, self.row_scales, self.bias)
+            return found
+        into = x.new_empty(len(x), len(weight) // 2)
+        for tokens, rows in streams(text_tokens, weight):
+            torch.addmm(self.bias[rows], x[tokens], weight[rows].t(), out=into[tokens])
+        return into
 
 
 class Scratch:
     """Memory for one product's decoded weights, shared by all: they run one after the other."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8, device=device)
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        """dtype: of decoded weights."""
+        self._memory = torch.empty(0, dtype=dtype, device=device)
 
-    def reserve(self, size: int) -> None:
-        """Makes room for `size` bytes."""
-        if size > len(self.memory):
-            self.memory = torch.empty(size, dtype=torch.uint8, device=self.memory.device)
+    def reserve(self, rows: int, columns: int) -> None:
+        """Makes room for a matrix."""
+        if rows * columns > len(self._memory):
+            self._memory = self._memory.new_empty(rows * columns)
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """(rows, columns), holding anything."""
+        return self._memory[: rows * columns].view(rows, columns)
 
 
 def _rows(layer: Any) -> tuple[Tensor, Tensor]:
@@ -142,14 +152,9 @@ def _rows(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.state.CB, largest.float().view(-1, 1) / LARGEST[torch.int8]
 
 
-def _largest(state: Any) -> Tensor:
+def _largest(weight: Nf4Weight) -> Tensor:
     """The largest absolute value of each row, (rows, 1) float32, above 0: NF4's grid ends at ±1."""
-    from bitsandbytes.functional import dequantize_blockwise
-
-    if state.absmax.is_meta:
-        return torch.empty(state.shape[0], 1, device="meta")
-    scales: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return scales.view(state.shape[0], -1).amax(dim=1, keepdim=True).float().clamp(min=LEAST_AMAX)
+    return nf4_scales(weight).amax(dim=1, keepdim=True).clamp(min=LEAST_AMAX)
 
 
 def _buffer(tensors: Sequence[Tensor]) -> nn.Buffer:

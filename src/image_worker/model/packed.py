@@ -48,22 +48,12 @@ def slots(module: nn.Module) -> Iterator[Slot]:
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 yield Slot(prefix + name, owner, name)
-                yield from _of_state(prefix + name, getattr(parameter, "quant_state", None))
         for name, buffer in owner._buffers.items():
             if buffer is not None:
                 yield Slot(prefix + name, owner, name)
         state = getattr(owner, "state", None)  # of a Linear8bitLt
         if getattr(state, "CB", None) is not None:
             yield from (Slot(f"{prefix}state.{name}", state, name) for name in ("CB", "SCB"))
-
-
-def _of_state(name: str, state: Any) -> Iterator[Slot]:
-    """Of a bitsandbytes `QuantState`, and of the one for its scales."""
-    if state is not None:
-        for attribute in ("absmax", "code", "offset"):
-            if getattr(state, attribute, None) is not None:
-                yield Slot(f"{name}.{attribute}", state, attribute)
-        yield from _of_state(f"{name}.nested", getattr(state, "state2", None))
 
 
 def unit_of(name: str, lists: Iterable[str]) -> str:

@@ -32,7 +32,8 @@ ZERO_COND_BYTES = 12  # more while denoising with `zero_cond_t`: modulation per 
 VAE_BYTES = 14
 TILE_SIDE = 512  # pixels; a tile's working memory is that of a picture of this size
 FP8_SHARE = 0.75  # of the free memory, at most, for fp8 by itself: the rest is for batches
-# The CUDA libraries' own memory, the allocator's gaps, and 72 MiB for weights decoded from 4 bits.
+# The CUDA libraries' own memory, the allocator's gaps, and room for weights decoded from 4 bits:
+# 72 MiB in 8 bits, 144 in 16.
 RESERVE = GIB // 2
 # Where weights pass through the card, there is room for a forward of so many tokens at least: a
 # pass serves a batch of four small pictures as well as one of the usual size.

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from image_worker.compute import Compute
-from image_worker.kernels import reference
+from image_worker.kernels import operations, reference
 from image_worker.kernels.reference import Activation
 from image_worker.model.attention import BACKENDS, Attention, Exact, Order
 from image_worker.model.embeddings import Shape, rope
+from image_worker.model.formats.nf4 import Nf4Linear
 from image_worker.model.linear import W8A8, Modules, Nf4, Pair, Plain, Scratch
 from image_worker.model.modulation import Modulation, Read
 from image_worker.model.stream import Blocks
@@ -115,9 +116,9 @@ class Transformer(nn.Module):
         self.time_embed = source.time_text_embed
         self.modulation = Modulation(source, device, dtype, read)
         self.layout = functools.lru_cache(maxsize=8)(self._layout)
-        self._ops = _operations(device)
+        self._ops = operations(device)
         attention = attention or Exact(self._ops)
-        scratch = Scratch(device)
+        scratch = Scratch(device, round_to or dtype)
         self.blocks = Blocks()
         for number, block in enumerate(source.transformer_blocks):
             self.blocks.append(Block(block, self._ops, attention, scratch, round_to))
@@ -217,7 +218,7 @@ class Block(nn.Module):
 
         def product(image: Sequence[Any], text: Sequence[Any]) -> Pair | W8A8 | Nf4:
             layers = (*image, *text)
-            if round_to and all(hasattr(layer.weight, "quant_state") for layer in layers):
+            if isinstance(layers[0], Nf4Linear):
                 return Nf4(layers, scratch, ops, round_to)
             if layers[0].weight.dtype == round_to:
                 return W8A8(layers, ops)
@@ -253,15 +254,6 @@ class Block(nn.Module):
         y = self._ops.gelu(self.up(y, text_tokens), round_to=self.round_to)
         found: Tensor = self.down(y, text_tokens)
         return found
-
-
-def _operations(device: torch.device) -> Any:
-    """The module whose operations run on this device: Triton's need compute capability 8.0."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        return reference
-    from image_worker.kernels import fused
-
-    return fused
 
 
 def _alike(layers: Sequence[Any]) -> Plain | Modules:

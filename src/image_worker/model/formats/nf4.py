@@ -1,86 +1,136 @@
 """NF4: 4-bit values on a normal-quantile grid, in blocks of 64 with one scale each.
 
 The scales are quantised themselves, to 8 bits in blocks of 256 ("double quantisation"): 0.9 GiB
-less for the transformer. Stored and multiplied by bitsandbytes (Dettmers et al., 2023, QLoRA).
+less for the transformer (Dettmers et al., 2023, QLoRA). bitsandbytes quantises, once; what it found
+is decoded by `kernels/`, without it, since its import takes seconds of a start.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from image_worker.errors import ModelMismatch
+from image_worker.kernels import operations
 
 BLOCK = 64
 SCALE_BLOCK = 256
 
 
-def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:
-    """A `Linear4bit` that holds `weight` (out, in), quantised on the device it is on."""
-    from bitsandbytes.nn import Params4bit
+class Nf4Weight(nn.Module):
+    """Weights (rows, columns) of layers of one shape, one layer below the other.
+
+    codes (rows, columns / 2) uint8: of two values each, the earlier one's in the higher half;
+    scales (rows, columns / 64) uint8: a code for each block; scales_of_scales (layers, blocks of a
+    layer / 256, rounded up) and offsets (layers) float32. levels (256) and grid (16), float32, are
+    what codes of scales and of values mean. A block's scale is its level times its scale of scales,
+    plus the offset; a value is its number of the grid times its block's scale.
+    """
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        scales_of_scales: Tensor,
+        offsets: Tensor,
+        levels: Tensor,
+        grid: Tensor,
+    ) -> None:
+        super().__init__()
+        self.codes = nn.Buffer(codes)
+        self.scales = nn.Buffer(scales)
+        self.scales_of_scales = nn.Buffer(scales_of_scales)
+        self.offsets = nn.Buffer(offsets)
+        self.levels = nn.Buffer(levels)
+        self.grid = nn.Buffer(grid)
+
+    @classmethod
+    def stacked(cls, weights: Sequence[Nf4Weight]) -> Nf4Weight:
+        """All of them, of one shape, as one."""
+        return cls(
+            torch.cat([weight.codes for weight in weights]),
+            torch.cat([weight.scales for weight in weights]),
+            torch.cat([weight.scales_of_scales for weight in weights]),
+            torch.cat([weight.offsets for weight in weights]),
+            weights[0].levels,
+            weights[0].grid,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        rows, half = self.codes.shape
+        return rows, 2 * half
+
+
+class Nf4Linear(nn.Module):
+    """A linear layer that decodes its weight (out, in) at every product, to its input's type.
+
+    weight: of this one layer; bias (out) or None.
+    """
+
+    def __init__(self, weight: Nf4Weight) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias: nn.Parameter | None = None
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in x's type."""
+        weight = x.new_empty(self.weight.shape)
+        operations(x.device).decode_nf4(self.weight, weight)
+        return functional.linear(x, weight, self.bias)
+
+
+def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa: ARG001
+    """A layer that holds `weight` (out, in), quantised on the device it is on.
+
+    Raises:
+        ModelMismatch: its rows cannot be cut into blocks.
+    """
+    from bitsandbytes.functional import quantize_4bit
 
     rows, columns = weight.shape
-    layer = _layer(rows, columns, bias, dtype)
-    # `.to` quantises a Params4bit that is not quantised yet.
-    layer.weight = Params4bit(
-        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
-    ).to(weight.device)
-    layer.weight.module = None  # or the two keep each other alive when nobody needs them any more
-    return layer  # type: ignore[no-any-return]
+    if columns % BLOCK:
+        raise ModelMismatch(f"NF4 stores rows of a multiple of {BLOCK} weights, not of {columns}")
+    codes, state = quantize_4bit(
+        weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+    )
+    return Nf4Linear(
+        Nf4Weight(
+            codes.view(rows, -1),
+            state.absmax.view(rows, -1),
+            state.state2.absmax[None],
+            state.offset[None],
+            state.state2.code,
+            state.code,
+        )
+    )
 
 
-def empty(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> nn.Module:
+def empty(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa: ARG001
     """The same layer, its tensors on the meta device."""
-    from bitsandbytes.functional import QuantState
-    from bitsandbytes.nn import Params4bit
+    blocks = rows * columns // BLOCK
 
-    def meta(count: int, kind: torch.dtype) -> torch.Tensor:
-        return torch.empty(count, dtype=kind, device="meta")
+    def codes(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
 
-    blocks = -(-rows * columns // BLOCK)
-    scales = QuantState(
-        absmax=meta(-(-blocks // SCALE_BLOCK), torch.float32),
-        code=meta(256, torch.float32),
-        blocksize=SCALE_BLOCK,
-        dtype=torch.float32,
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device="meta")
+
+    return Nf4Linear(
+        Nf4Weight(
+            codes(rows, columns // 2),
+            codes(rows, columns // BLOCK),
+            numbers(1, -(-blocks // SCALE_BLOCK)),
+            numbers(1),
+            numbers(256),
+            numbers(16),
+        )
     )
-    state = QuantState(
-        absmax=meta(blocks, torch.uint8),
-        shape=torch.Size((rows, columns)),
-        code=meta(16, torch.float32),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=dtype,
-        offset=torch.empty((), device="meta"),
-        state2=scales,
-    )
-    layer = _layer(rows, columns, bias, dtype)
-    layer.weight = Params4bit(
-        torch.empty(rows * columns // 2, 1, dtype=torch.uint8, device="meta"),
-        quant_state=state,
-        blocksize=BLOCK,
-        quant_type="nf4",
-        bnb_quantized=True,
-    )
-    layer.quant_state = state
-    return layer  # type: ignore[no-any-return]
-
-
-def _layer(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> Any:
-    from bitsandbytes.nn import Linear4bit
-
-    layer = Linear4bit(
-        columns,
-        rows,
-        bias=bias,
-        compute_dtype=dtype,
-        compress_statistics=True,
-        quant_type="nf4",
-        device="meta",
-    )
-    # It would pack weights in another way at its first product, and they would be stored like that.
-    layer.support_avx512bf16_for_cpu = False
-    return layer
 
 
 def size(rows: int, columns: int) -> int:
