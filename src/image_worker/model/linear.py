@@ -21,6 +21,7 @@ from image_worker.kernels.reference import (
 )
 from image_worker.model.formats.fp8 import Fp8Linear
 from image_worker.model.formats.nf4 import Nf4Weight
+from image_worker.model.packed import joined
 
 
 class Plain(nn.Module):
@@ -154,9 +155,11 @@ def _rows(layer: Any) -> tuple[Tensor, Tensor]:
 
 def _largest(weight: Nf4Weight) -> Tensor:
     """The largest absolute value of each row, (rows, 1) float32, above 0: NF4's grid ends at ±1."""
+    if weight.codes.is_meta:
+        return torch.empty(weight.shape[0], 1, device="meta")
     return nf4_scales(weight).amax(dim=1, keepdim=True).clamp(min=LEAST_AMAX)
 
 
 def _buffer(tensors: Sequence[Tensor]) -> nn.Buffer:
-    whole = tensors[0].detach() if len(tensors) == 1 else torch.cat([t.detach() for t in tensors])
+    whole = tensors[0].detach() if len(tensors) == 1 else joined([t.detach() for t in tensors])
     return nn.Buffer(whole)

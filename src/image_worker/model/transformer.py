@@ -25,6 +25,7 @@ from image_worker.model.embeddings import Shape, rope
 from image_worker.model.formats.nf4 import Nf4Linear
 from image_worker.model.linear import W8A8, Modules, Nf4, Pair, Plain, Scratch
 from image_worker.model.modulation import Modulation, Read
+from image_worker.model.packed import joined
 from image_worker.model.stream import Blocks
 
 # What activations are rounded to for products in each of these; None: they keep their type.
@@ -233,7 +234,7 @@ class Block(nn.Module):
         self.down = product((source.img_mlp.net[2],), (source.txt_mlp.net[2],))
         norms = (attn.norm_added_q, attn.norm_added_k, attn.norm_q, attn.norm_k)
         weights = [norm.weight.detach() for norm in norms]
-        self.norms = nn.Buffer(torch.stack(weights).view(2, 2, -1))
+        self.norms = nn.Buffer(joined(weights).view(2, 2, -1))
 
     def attend(self, y: Activation, layout: Layout, *, only_targets: bool) -> Tensor:
         """Joint attention, each row for itself: (N, width), stream order; or of targets only."""

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from image_worker.errors import ModelMismatch
 from image_worker.kernels import operations
+from image_worker.model.packed import joined
 
 BLOCK = 64
 SCALE_BLOCK = 256
@@ -51,10 +52,10 @@ class Nf4Weight(nn.Module):
     def stacked(cls, weights: Sequence[Nf4Weight]) -> Nf4Weight:
         """All of them, of one shape, as one."""
         return cls(
-            torch.cat([weight.codes for weight in weights]),
-            torch.cat([weight.scales for weight in weights]),
-            torch.cat([weight.scales_of_scales for weight in weights]),
-            torch.cat([weight.offsets for weight in weights]),
+            joined([weight.codes for weight in weights]),
+            joined([weight.scales for weight in weights]),
+            joined([weight.scales_of_scales for weight in weights]),
+            joined([weight.offsets for weight in weights]),
             weights[0].levels,
             weights[0].grid,
         )
