@@ -6,8 +6,6 @@ import dataclasses
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -259,18 +257,3 @@ def test_the_log_tells_of_every_step(caplog: Any) -> None:
     ):
         assert name in caplog.text
     assert [step.name for step in model.cold_start.steps][-1] == "load vae"
-
-
-def test_a_start_imports_nothing_of_diffusers() -> None:
-    """Nor does a job after it: that takes seconds, and nothing served needs it."""
-    program = """
-import sys
-from image_worker.settings import Settings
-from image_worker.worker import Worker
-from tests.worker_jobs import job
-
-assert "images" in Worker.from_settings(Settings.from_env({"MODEL": "mini"})).run_blocking(job())
-sys.exit("diffusers" if "diffusers" in sys.modules else None)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
