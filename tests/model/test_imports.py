@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from image_worker.settings import Settings
 from image_worker.worker import Worker
 
@@ -62,12 +64,18 @@ def test_prompts_and_pictures_are_encoded_without_slow_imports() -> None:
     run(TEXT)
 
 
-def test_a_start_from_prepared_weights_and_a_job_need_no_slow_imports(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["4bit", "fp8"])
+def test_a_start_from_prepared_weights_and_a_job_need_no_slow_imports(
+    precision: str, tmp_path: Path
+) -> None:
+    """As on a Hopper card, as far as a CPU can."""
     variables = {
         "MODEL": "mini",
         "MODEL_DIR": str(tmp_path),
         "KEEP_PREPARED": "1",
-        "PRECISION_MODE": "4bit",
+        "PRECISION_MODE": precision,
+        "COMPUTE": "fp8",
+        "ATTENTION": "int8",
     }
     Worker.from_settings(Settings.from_env(variables)).close()
     run(WHOLE, **variables)

@@ -108,7 +108,7 @@ class Nf4(nn.Module):
         """layers: `Nf4Linear`, with biases; round_to: FP8, int8, or None."""
         super().__init__()
         self.weight = Nf4Weight.stacked([layer.weight for layer in layers])
-        row_scales = _largest(self.weight) / LARGEST[round_to] if round_to else None
+        row_scales = _row_scales(self.weight, round_to) if round_to else None
         self.register_buffer("row_scales", row_scales)
         self.bias = _buffer([layer.bias for layer in layers])
         self.round_to = round_to
@@ -150,14 +150,17 @@ def _rows(layer: Any) -> tuple[Tensor, Tensor]:
     if isinstance(layer, Fp8Linear):
         return layer.weight, layer.scales
     largest: Tensor = layer.state.SCB  # of a Linear8bitLt
+    if largest.is_meta:  # on which arithmetic imports torch's compiler
+        return layer.state.CB, torch.empty(len(largest), 1, device="meta")
     return layer.state.CB, largest.float().view(-1, 1) / LARGEST[torch.int8]
 
 
-def _largest(weight: Nf4Weight) -> Tensor:
-    """The largest absolute value of each row, (rows, 1) float32, above 0: NF4's grid ends at ±1."""
-    if weight.codes.is_meta:
+def _row_scales(weight: Nf4Weight, round_to: torch.dtype) -> Tensor:
+    """By which each row's largest value, above 0, is the type's: (rows, 1) float32."""
+    if weight.codes.is_meta:  # on which arithmetic imports torch's compiler
         return torch.empty(weight.shape[0], 1, device="meta")
-    return nf4_scales(weight).amax(dim=1, keepdim=True).clamp(min=LEAST_AMAX)
+    largest = nf4_scales(weight).amax(dim=1, keepdim=True).clamp(min=LEAST_AMAX)
+    return largest / LARGEST[round_to]  # NF4's grid ends at ±1
 
 
 def _buffer(tensors: Sequence[Tensor]) -> nn.Buffer:

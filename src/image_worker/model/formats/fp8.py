@@ -15,12 +15,10 @@ class Fp8Linear(nn.Module):
     weight (out, in) float8_e4m3fn; scales (out, 1) float32; bias (out) or None.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        """weight: in full precision."""
+    def __init__(self, weight: Tensor, scales: Tensor) -> None:
         super().__init__()
-        found = reference.quantise(weight, reference.FP8)
-        self.weight = nn.Parameter(found.values, requires_grad=False)
-        self.scales = nn.Parameter(found.scales, requires_grad=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
         self.bias: nn.Parameter | None = None
         self.out_features, self.in_features = weight.shape
 
@@ -32,12 +30,14 @@ class Fp8Linear(nn.Module):
 
 def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa: ARG001
     """A layer that holds `weight` (out, in), quantised on the device it is on."""
-    return Fp8Linear(weight)
+    found = reference.quantise(weight, reference.FP8)
+    return Fp8Linear(found.values, found.scales)
 
 
-def empty(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> nn.Module:
+def empty(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa: ARG001
     """The same layer, its tensors on the meta device."""
-    return encode(torch.empty(rows, columns, dtype=dtype, device="meta"), bias, dtype)
+    weight = torch.empty(rows, columns, dtype=reference.FP8, device="meta")
+    return Fp8Linear(weight, torch.empty(rows, 1, dtype=torch.float32, device="meta"))
 
 
 def size(rows: int, columns: int) -> int:
