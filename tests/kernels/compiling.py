@@ -89,8 +89,13 @@ def kernels(capability: int) -> Iterator[Kernel]:
 
 
 def main() -> None:
-    """For the compute capability that the command names, such as 90."""
-    capability = int(sys.argv[1])
+    """For the compute capabilities that the command names, such as 80 90."""
+    for capability in map(int, sys.argv[1:]):
+        compile_all(capability)
+
+
+def compile_all(capability: int) -> None:
+    """Prints a line for each kernel, which begins with the capability."""
     target = GPUTarget("cuda", capability, 32)
     for kernel, types, constants, launch in kernels(capability):
         signature = types | dict.fromkeys(constants, "constexpr")
@@ -102,7 +107,8 @@ def main() -> None:
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
         compiled = triton.compile(source, target=target, options=launch)
         shared = compiled.metadata.shared
-        print(kernel.__name__, len(compiled.asm["cubin"]), "bytes, of shared memory", shared)
+        size = len(compiled.asm["cubin"])
+        print(capability, kernel.__name__, size, "bytes, of shared memory", shared)
 
 
 if __name__ == "__main__":
