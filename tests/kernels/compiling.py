@@ -96,8 +96,13 @@ def kernels(capability: int) -> Iterator[Kernel]:
 
 
 def main() -> None:
-    """For the compute capability that the command names, such as 90."""
-    capability = int(sys.argv[1])
+    """For the compute capabilities that the command names, such as 80 90."""
+    for capability in map(int, sys.argv[1:]):
+        compile_all(capability)
+
+
+def compile_all(capability: int) -> None:
+    """Prints a line for each kernel, which begins with the capability."""
     target = GPUTarget("cuda", capability, 32)
     for kernel, types, constants, launch in kernels(capability):
         signature = types | dict.fromkeys(constants, "constexpr")
@@ -109,8 +114,8 @@ def main() -> None:
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
         compiled = triton.compile(source, target=target, options=launch)
         size, shared = len(compiled.asm["cubin"]), compiled.metadata.shared
-        count = compiled.asm["ptx"].count("fma.rn.f32")
-        print(kernel.__name__, size, "bytes,", count, "fused products, of shared memory", shared)
+        name, count = kernel.__name__, compiled.asm["ptx"].count("fma.rn.f32")
+        print(capability, name, size, "bytes,", count, "fused products, of shared memory", shared)
 
 
 if __name__ == "__main__":
