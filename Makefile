@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests tools handler.py
+# Named, since pytest rewrites the whole packages of plugins that it finds by itself, hypothesis and
+# schemathesis among them: seconds in every process. Of these it rewrites one module each.
+PLUGINS := --disable-plugin-autoload -p pytest_timeout -p xdist.plugin -p _hypothesis_pytestplugin -p schemathesis.pytest.plugin
 
 .PHONY: run test check format test-gpu bench bench-forward bench-job bench-cold-start bench-memory bench-streaming bench-quality bench-load bench-loop-lag bench-throughput miniature image clean
 
@@ -11,7 +14,7 @@ run: $(VENV)/run.stamp  ## set up, and edit one picture (on the miniature where 
 	$(BIN)/python handler.py --test_input "$$(cat test_input.json)"
 
 test: $(VENV)/dev.stamp  ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PLUGINS) -m "not gpu" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/dev.stamp  ## formatting, lint, types, Dockerfile, shell scripts
 	$(BIN)/ruff format --check $(CODE)

@@ -56,6 +56,11 @@ def mini_model(dtype: torch.dtype = torch.float32, **variables: str) -> Model:
     return build_mini(dtype, **variables)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)

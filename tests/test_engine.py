@@ -137,22 +137,17 @@ def test_a_job_joins_between_two_steps_and_leaves_when_it_is_done(stage: Stage) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_company_changes_no_picture(dtype: torch.dtype) -> None:
-    orders = [
-        # bf16 takes this CPU several times as long.
-        order(
-            seed, steps if dtype == torch.float32 else (steps + 1) // 2, size, prompt, dtype=dtype
-        )
-        for seed, (steps, size, prompt) in enumerate(
-            [
-                (4, (128, 128), "blur it"),
-                (8, (128, 112), "swap the colours of the red circle and the blue star"),
-                (2, (128, 128), "remove the red circle"),
-                (6, (112, 128), "make it darker"),
-                (3, (64, 64), "mirror the picture"),
-                (5, (128, 128), "make the background pink"),
-            ]
-        )
+    asked = [
+        (4, (128, 128), "blur it"),
+        (8, (128, 96), "swap the colours of the red circle and the blue star"),
+        (2, (128, 128), "remove the red circle"),
+        (6, (96, 128), "make it darker"),
+        (3, (64, 64), "mirror the picture"),
+        (5, (128, 128), "make the background pink"),
     ]
+    if dtype == torch.bfloat16:  # takes this CPU several times as long
+        asked = [((n + 1) // 2, (w // 2, h // 2), prompt) for n, (w, h), prompt in asked]
+    orders = [order(seed, *given, dtype=dtype) for seed, given in enumerate(asked)]
     shared = Engine(model_of(dtype), 4, patience=0.0)
     futures = [shared.submit(given) for given in orders]
     together = [future.result(SECONDS) for future in futures]

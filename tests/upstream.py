@@ -33,6 +33,7 @@ __all__ = [
     "lightning_scheduler",
     "mend",
     "options",
+    "run",
     "text_encoder",
     "tokenizer",
     "transformer",
@@ -64,17 +65,22 @@ def text_encoder(dtype: torch.dtype) -> Qwen2_5_VLModel:
 
 
 def edit(
-    pipeline: Any,
-    entry: ModelEntry,
-    images: list[Image.Image],
-    monkeypatch: Any,
-    output_type: str,
-    **options: Any,
-) -> Any:
+    pipeline: Any, entry: ModelEntry, images: list[Image.Image], monkeypatch: Any, **options: Any
+) -> tuple[torch.Tensor, Image.Image]:
     """Runs the stock pipeline at the entry's picture areas, which upstream holds as constants."""
     monkeypatch.setattr(edit_plus, "VAE_IMAGE_SIZE", entry.area)
     monkeypatch.setattr(edit_plus, "CONDITION_IMAGE_SIZE", entry.vision_area)
-    seed = options.pop("seed")
+    return run(pipeline, image=images, **options)
+
+
+def run(pipeline: Any, *, seed: int, **options: Any) -> tuple[torch.Tensor, Image.Image]:
+    """What a stock pipeline makes: the latents after its last step, and their picture."""
+    latents = []
+
+    def keep(_: Any, step: int, time: Any, given: dict[str, torch.Tensor]) -> Any:
+        latents.append(given["latents"][0])
+        return given
+
     generator = torch.Generator("cpu").manual_seed(seed)
-    result = pipeline(image=images, generator=generator, output_type=output_type, **options)
-    return result.images
+    found = pipeline(generator=generator, callback_on_step_end=keep, **options)
+    return latents[-1], found.images[0]

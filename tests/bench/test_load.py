@@ -13,7 +13,16 @@ from image_worker.bench.load import Case, Outcome
 def test_forty_mixed_jobs_are_answered_once_and_rightly(
     tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    arguments = ["--jobs", "40", "--batch-size", "4", "--log", str(tmp_path / "log")]
+    arguments = [
+        "--jobs",
+        "40",
+        "--batch-size",
+        "4",
+        "--side",
+        "64",
+        "--log",
+        str(tmp_path / "log"),
+    ]
     monkeypatch.setattr(sys, "argv", ["load", *arguments])
     monkeypatch.setenv("MODEL", "mini")
     assert load.main() == 0, capsys.readouterr().out

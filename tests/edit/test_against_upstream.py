@@ -6,6 +6,7 @@ In float64, where rounding hides nothing; in bf16 as pictures, near enough.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -27,8 +28,10 @@ from tests import upstream
 from tests.conftest import MINI, MINI_FOLDER, build_mini, make_picture, mini_model
 from tests.pictures import psnr
 
+pytestmark = pytest.mark.long
+
 PROMPT = "make the red circle blue"
-SIZE = (160, 128)
+SIZE = (96, 80)  # small: above all, stock's VAE takes its time by the pixel
 LORA = MINI_FOLDER / MINI.lightning[8].path
 # The largest difference in float64. Without chance it is 1e-14; but both sides round some values to
 # float32 on the way, and now and then one falls the other way.
@@ -44,6 +47,12 @@ ROUNDING_MARGIN = 6.0
 # Types, and guidance.
 CASES = [(torch.float64, 1.0), (torch.float64, 4.0), (torch.bfloat16, 1.0)]
 
+Stock = tuple[torch.Tensor, Image.Image]  # upstream's latents and picture
+
+
+def given(references: int) -> list[Image.Image]:
+    return [make_picture(140, 100, seed) for seed in range(references)]
+
 
 def ours(
     model: Model, images: list[Image.Image], *, cfg_scale: float, steps: int, seed: int
@@ -53,6 +62,28 @@ def ours(
     picture = start(model, encoded, SIZE, seed=seed, steps=steps, cfg_scale=cfg_scale)
     denoise(model, [picture])
     return picture.latents, decode(model, picture)
+
+
+stock_pipeline = functools.cache(upstream.edit_plus_pipeline)
+
+
+@functools.cache
+def stock_edit(dtype: torch.dtype, cfg_scale: float, references: int, **kinds: Any) -> Stock:
+    pipeline = stock_pipeline(MINI_FOLDER, dtype, **kinds)
+    with pytest.MonkeyPatch.context() as patch:
+        return upstream.edit(pipeline, MINI, given(references), patch, **options(cfg_scale, 8, 7))
+
+
+def options(cfg_scale: float, steps: int, seed: int) -> dict[str, Any]:
+    return {
+        "prompt": PROMPT,
+        "negative_prompt": " " if cfg_scale > 1 else None,
+        "true_cfg_scale": cfg_scale,
+        "num_inference_steps": steps,
+        "seed": seed,
+        "width": SIZE[0],
+        "height": SIZE[1],
+    }
 
 
 def zero_cond_entry(folder: Path) -> ModelEntry:
@@ -65,28 +96,14 @@ def zero_cond_entry(folder: Path) -> ModelEntry:
 
 def assert_equal(
     model: Model,
-    make_pipeline: Callable[[torch.dtype], Any],
     cfg_scale: float,
     references: int,
-    monkeypatch: Any,
     tolerance: float = LATENT_TOLERANCE,
+    **kinds: Any,
 ) -> None:
-    images = [make_picture(140, 100, seed) for seed in range(references)]
-    latents, picture = ours(model, images, cfg_scale=cfg_scale, steps=8, seed=7)
-    options = {
-        "prompt": PROMPT,
-        "negative_prompt": " " if cfg_scale > 1 else None,
-        "true_cfg_scale": cfg_scale,
-        "num_inference_steps": 8,
-        "seed": 7,
-        "width": SIZE[0],
-        "height": SIZE[1],
-    }
-
-    def stock(dtype: torch.dtype, output_type: str) -> Any:
-        pipeline = make_pipeline(dtype)
-        return upstream.edit(pipeline, MINI, images, monkeypatch, output_type, **options)[0]
-
+    """kinds: what distinguishes the stock pipeline."""
+    latents, picture = ours(model, given(references), cfg_scale=cfg_scale, steps=8, seed=7)
+    stock = partial(stock_edit, cfg_scale=cfg_scale, references=references, **kinds)
     assert_same(model, latents, picture, stock, tolerance)
     assert np.asarray(picture).std() > 5, "a flat picture would equal anything"
 
@@ -95,52 +112,46 @@ def assert_same(
     model: Model,
     latents: torch.Tensor,
     picture: Image.Image,
-    stock: Callable[[torch.dtype, str], Any],
+    stock: Callable[[torch.dtype], Stock],
     tolerance: float = LATENT_TOLERANCE,
 ) -> None:
-    """Ours and upstream's, by type and kind of output, are the same but for rounding."""
-    exact = stock(torch.float64, "pil")
+    """Ours and upstream's, by type, are the same but for rounding."""
+    exact_latents, exact = stock(torch.float64)
     if model.dtype == torch.float64:
-        difference = latents - stock(torch.float64, "latent")
-        assert difference.abs().max() <= tolerance
+        assert (latents - exact_latents).abs().max() <= tolerance
         assert psnr(picture, exact) >= PICTURE_PSNR
         return
-    theirs = stock(model.dtype, "pil")
+    _, theirs = stock(model.dtype)
     asked = min(BF16_PSNR, psnr(theirs, exact) - ROUNDING_MARGIN)
     assert psnr(picture, theirs) >= asked
 
 
 @pytest.mark.parametrize("references", [1, 2])
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
-def test_edit(cfg_scale: float, references: int, monkeypatch: Any) -> None:
+def test_edit(cfg_scale: float, references: int) -> None:
     model = mini_model(torch.float64, use_lightning_lora="0")
-    make = partial(upstream.edit_plus_pipeline, MINI_FOLDER)
-    assert_equal(model, make, cfg_scale, references, monkeypatch)
+    assert_equal(model, cfg_scale, references)
 
 
 @pytest.mark.parametrize("references", [1, 2])
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
-def test_edit_with_lightning(cfg_scale: float, references: int, monkeypatch: Any) -> None:
+def test_edit_with_lightning(cfg_scale: float, references: int) -> None:
     model = mini_model(torch.float64, use_lightning_lora="1")
-    make = partial(upstream.edit_plus_pipeline, MINI_FOLDER, lora=LORA)
-    assert_equal(model, make, cfg_scale, references, monkeypatch, MERGED_TOLERANCE)
+    assert_equal(model, cfg_scale, references, MERGED_TOLERANCE, lora=LORA)
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_edit_in_bf16(lora: Path | None, monkeypatch: Any) -> None:
+def test_edit_in_bf16(lora: Path | None) -> None:
     model = mini_model(torch.bfloat16, use_lightning_lora=str(int(lora is not None)))
-    make = partial(upstream.edit_plus_pipeline, MINI_FOLDER, lora=lora)
-    assert_equal(model, make, 1.0, 1, monkeypatch)
+    assert_equal(model, 1.0, 1, **({"lora": lora} if lora else {}))
 
 
 @pytest.mark.parametrize(("dtype", "cfg_scale"), CASES)
-def test_edit_with_zero_cond_t(
-    dtype: torch.dtype, cfg_scale: float, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_edit_with_zero_cond_t(dtype: torch.dtype, cfg_scale: float, tmp_path: Path) -> None:
     model = build_mini(dtype, zero_cond_entry(tmp_path), use_lightning_lora="0")
     assert model.transformer.zero_cond_t
-    make = partial(upstream.edit_plus_pipeline, MINI_FOLDER, zero_cond_t=True)
-    assert_equal(model, make, cfg_scale, 2, monkeypatch)
+    references = 2 if dtype == torch.float64 else 1
+    assert_equal(model, cfg_scale, references, zero_cond_t=True)
 
 
 def test_zero_cond_t_matters(tmp_path: Path) -> None:
@@ -151,25 +162,17 @@ def test_zero_cond_t_matters(tmp_path: Path) -> None:
     assert (found[0] - found[1]).abs().max() > 0.01
 
 
+@functools.cache
+def stock_image(dtype: torch.dtype, cfg_scale: float) -> Stock:
+    return upstream.run(upstream.image_pipeline(MINI_FOLDER, dtype), **options(cfg_scale, 6, 8))
+
+
 @pytest.mark.parametrize(("dtype", "cfg_scale"), CASES)
 def test_text_to_image(dtype: torch.dtype, cfg_scale: float) -> None:
     entry = dataclasses.replace(MINI, template=TEXT_TO_IMAGE, max_images=0)
     model = build_mini(dtype, entry, use_lightning_lora="0")
-    latents, picture = ours(model, [], cfg_scale=cfg_scale, steps=6, seed=3)
-
-    def stock(dtype: torch.dtype, output_type: str) -> Any:
-        return upstream.image_pipeline(MINI_FOLDER, dtype)(
-            prompt=PROMPT,
-            negative_prompt=" " if cfg_scale > 1 else None,
-            true_cfg_scale=cfg_scale,
-            num_inference_steps=6,
-            generator=torch.Generator("cpu").manual_seed(3),
-            output_type=output_type,
-            width=SIZE[0],
-            height=SIZE[1],
-        ).images[0]
-
-    assert_same(model, latents, picture, stock)
+    latents, picture = ours(model, [], cfg_scale=cfg_scale, steps=6, seed=8)
+    assert_same(model, latents, picture, partial(stock_image, cfg_scale=cfg_scale))
 
 
 def test_default_size_is_upstreams() -> None:

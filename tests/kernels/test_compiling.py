@@ -13,6 +13,8 @@ import pytest
 from image_worker.kernels import attention
 from image_worker.kernels.cuda import compiled
 
+pytestmark = pytest.mark.long
+
 # Kernels: those of int8, from 8.9 on those of FP8, and Hopper's own; KiB that a program may share.
 CARDS = {"80": (10, 163), "89": (14, 99), "90": (16, 227), "120": (14, 99)}
 

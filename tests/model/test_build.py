@@ -74,7 +74,7 @@ def test_fp16_runs() -> None:
 
     worker = Worker.from_settings(Settings.from_env({"MODEL": "mini", "BNB_COMPUTE": "fp16"}))
     assert worker.model.dtype == torch.float16
-    assert "images" in worker.run_blocking(job())
+    assert "images" in worker.run_blocking(job(width=64, height=64))
 
 
 def _fail_to_load(monkeypatch: Any, times: int) -> list[str]:

@@ -25,6 +25,8 @@ from image_worker.model.prepared import MANIFEST, Prepared
 from tests.conftest import MINI_FOLDER, build_mini
 from tests.worker_jobs import job
 
+pytestmark = pytest.mark.long
+
 KILLS = 50  # moments at which a writer is killed
 DAMAGES = ("missing", "cut off", "first", "middle", "last")
 COMPONENTS = ("text_encoder", "transformer", "vae")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from image_worker.bench.stock_nf4 import quant_state
@@ -15,7 +17,6 @@ from image_worker.edit.decode import decode
 from image_worker.edit.denoise import denoise, start
 from image_worker.errors import ModelMismatch
 from image_worker.kernels.reference import decode_nf4
-from image_worker.model.build import Model
 from image_worker.model.components import TEXT_ENCODER, TRANSFORMER, Component
 from image_worker.model.formats import FORMATS, nf4
 from image_worker.model.formats.fp8 import Fp8Linear
@@ -95,14 +96,16 @@ def test_quantize_components_text_leaves_the_transformer_alone() -> None:
 
 @pytest.mark.parametrize(("precision", "least"), [("fp8", 30.0), ("8bit", 30.0), ("4bit", 20.0)])
 def test_the_picture_stays_near_bf16s(precision: str, least: float) -> None:
-    def edit(model: Model) -> Any:
-        encoded = conditions.encode(model, "make it blue", None, [make_picture()])
-        picture = start(model, encoded, (128, 128), seed=1, steps=8, cfg_scale=1.0)
-        denoise(model, [picture])
-        return decode(model, picture)
+    assert psnr(edit_in(precision), edit_in("bf16")) >= least
 
-    exact = edit(mini_model(torch.bfloat16))
-    assert psnr(edit(mini_model(torch.bfloat16, precision_mode=precision)), exact) >= least
+
+@functools.cache
+def edit_in(precision: str) -> Image.Image:
+    model = mini_model(torch.bfloat16, precision_mode=precision)
+    encoded = conditions.encode(model, "make it blue", None, [make_picture()])
+    picture = start(model, encoded, (128, 128), seed=1, steps=8, cfg_scale=1.0)
+    denoise(model, [picture])
+    return decode(model, picture)
 
 
 def test_the_picture_stays_near_with_attention_in_int8() -> None:
@@ -111,7 +114,7 @@ def test_the_picture_stays_near_with_attention_in_int8() -> None:
         encoded = conditions.encode(model, "make it blue", None, [make_picture()])
         pictures = [
             start(model, encoded, size, seed=1, steps=4, cfg_scale=1.0)
-            for size in ((128, 128), (96, 160))  # two rows of one batch, of two lengths
+            for size in ((128, 128), (48, 96))  # two rows of one batch, of two lengths
         ]
         denoise(model, pictures)
         return [decode(model, picture) for picture in pictures]

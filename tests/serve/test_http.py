@@ -33,6 +33,8 @@ from tests.serve.served import serving
 from tests.waiting import SECONDS, eventually
 from tests.worker_jobs import as_base64, job
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -366,8 +368,9 @@ def test_openais_client_generates_where_the_model_does() -> None:
     worker.close()
 
 
-def start(port: int, **variables: str) -> subprocess.Popen[bytes]:
-    environment = {"STANDALONE_MODE": "1", "API_PORT": str(port), "MODEL": "mini", **variables}
+def start(port: int) -> subprocess.Popen[bytes]:
+    environment = {"STANDALONE_MODE": "1", "API_PORT": str(port), "MODEL": "mini"}
+    environment["OMP_NUM_THREADS"] = "1"  # other tests run at the same time
     return subprocess.Popen([sys.executable, "handler.py"], cwd=ROOT, env=environment)
 
 
@@ -389,7 +392,7 @@ def test_told_to_stop_it_finishes_its_jobs_and_takes_no_more() -> None:
     try:
         eventually(lambda: answers(port) or process.poll() is not None)
         assert get(f"{url}/ready").status_code == 200
-        ids = [post(f"{url}/run", body(num_inference_steps=60)).json()["id"] for _ in range(6)]
+        ids = [post(f"{url}/run", body(num_inference_steps=20)).json()["id"] for _ in range(6)]
         process.send_signal(signal.SIGTERM)
         while (answer := post(f"{url}/run", body())).status_code == 200:
             ids.append(answer.json()["id"])

@@ -6,10 +6,7 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,11 @@ import requests
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
+from image_worker.settings import Settings
+from image_worker.worker import Worker
 from tests.conftest import make_picture
+from tests.serve.served import serving
 
-ROOT = Path(__file__).parents[2]
 KEY = "the-right-key"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -39,6 +38,7 @@ SWITCHES = [
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.long,
     pytest.mark.skipif(
         CHROMIUM is None,
         reason="no Chromium: install the package `chromium`, or Google Chrome, on the PATH",
@@ -49,18 +49,12 @@ Open = Callable[..., Page]
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def servers() -> Iterator[tuple[str, str]]:
     """The URLs of a server without and of one with an API key."""
-    folder = tmp_path_factory.mktemp("servers")
-    started = [_start(folder / "open", {}), _start(folder / "closed", {"API_KEY": KEY})]
-    try:
-        for _, url in started:
-            _wait_for(url)
-        yield started[0][1], started[1][1]
-    finally:
-        for process, _ in started:
-            process.kill()
-            process.wait(20)
+    worker = Worker.from_settings(Settings.from_env({"MODEL": "mini"}))
+    with serving(worker) as without_key, serving(worker, API_KEY=KEY) as with_key:
+        yield f"{without_key}/", f"{with_key}/"
+    worker.close()
 
 
 @pytest.fixture(scope="module")
@@ -350,33 +344,6 @@ _MIDDLE = """(image) => {
   pen.drawImage(image, x, y, 1, 1, 0, 0, 1, 1);
   return [...pen.getImageData(0, 0, 1, 1).data];
 }"""
-
-
-def _start(folder: Path, variables: dict[str, str]) -> tuple[subprocess.Popen[bytes], str]:
-    folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {"STANDALONE_MODE": "1", "API_PORT": str(port), "MODEL": "mini"} | variables
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "handler.py")],
-            env=os.environ | settings,
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-        )
-    return process, f"http://127.0.0.1:{port}/"
-
-
-def _wait_for(url: str) -> None:
-    for _ in range(240):
-        try:
-            requests.get(f"{url}health", timeout=10).raise_for_status()
-            return
-        except requests.ConnectionError:
-            time.sleep(0.5)
-    raise AssertionError("the server did not come up")
 
 
 def _fill_example(page: Page) -> None:

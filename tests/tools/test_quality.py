@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -9,20 +10,28 @@ import torch
 from torch import Tensor
 
 from image_worker.catalog import CATALOG
+from image_worker.edit.conditions import Conditions
 from tools.miniature import quality, rounding
 from tools.miniature.quality import Examples, Sampling
 from tools.miniature.score import in_style, judge, psnr
 
+pytestmark = pytest.mark.long
+
 
 @functools.cache
 def examples() -> Examples:
-    return quality.make_examples(2)
+    return quality.make_examples(1)
+
+
+@functools.cache
+def encoded() -> list[Conditions]:
+    """The same for all samplings: no LoRA changes what encodes."""
+    return quality.encode(quality.load("bf16", quality.REFERENCE), examples())
 
 
 @functools.cache
 def results(sampling: Sampling) -> Tensor:
-    model = quality.load("bf16", sampling)
-    return quality.edit(model, quality.encode(model, examples()), sampling)
+    return quality.edit(quality.load("bf16", sampling), encoded(), sampling)
 
 
 # Guidance takes twice as long, and is compared with upstream's elsewhere.
@@ -31,7 +40,7 @@ SAMPLINGS = [s for s in quality.SAMPLINGS if not s.style and s.steps < 40 and s.
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_held_out_edits_pass(sampling: Sampling) -> None:
-    """9 in 10 of two of each kind; `make bench-quality` measures the share."""
+    """9 in 10 of one of each kind; `make bench-quality` measures the share."""
     found = judge(examples().before, examples().answers, results(sampling))
     assert sum(verdict.passed for verdict in found) >= 0.9 * len(found)
 
@@ -41,7 +50,7 @@ def test_the_style_shows_only_with_its_lora() -> None:
     with_it, without = (s for s in quality.SAMPLINGS if s.lightning == 8)
     if without.style:
         with_it, without = without, with_it
-    assert sum(in_style(given.answers, given.styled, results(with_it))) >= 38
+    assert sum(in_style(given.answers, given.styled, results(with_it))) >= 19
     assert not any(in_style(given.answers, given.styled, results(without)))
 
 
@@ -55,8 +64,14 @@ def test_the_report_has_a_line_per_row_and_kind() -> None:
     torch.testing.assert_close(row.to_answer, 100.0)
 
 
+def every_other(given: Examples) -> Examples:
+    """Half of the kinds."""
+    fields = dataclasses.fields(given)
+    return Examples(**{field.name: getattr(given, field.name)[::2] for field in fields})
+
+
 def test_rounding_moves_pictures_by_as_much_as_it_should() -> None:
-    given = quality.make_examples(1)
+    given = every_other(examples())
     exact = rounding.pictures(rounding.Way("float32"), given)
     ways = {way.name: way for way in rounding.WAYS}
     weights, both = (

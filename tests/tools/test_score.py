@@ -9,13 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tools.miniature.edits import Edit, held_out_edits, random_edit
+from tools.miniature.edits import Edit, random_edit
+from tools.miniature.quality import Examples, make_examples
 from tools.miniature.render import draw, pack, pictures_of
 from tools.miniature.scenes import COLOURS, SHAPES, Scene
 from tools.miniature.score import in_style, judge, psnr
 
-EDITS = held_out_edits(3)
-BEFORE, ANSWERS, STYLED = pictures_of(EDITS)
+
+@pytest.fixture(scope="module")
+def given() -> Examples:
+    """Three of each kind."""
+    return make_examples(3)
 
 
 def drawn(scene: Scene) -> Tensor:
@@ -28,29 +32,33 @@ def of_kind(kind: str) -> tuple[Edit, Tensor, Tensor]:
     return edit, before, answer
 
 
-def test_the_answer_passes() -> None:
-    assert all(verdict.passed for verdict in judge(BEFORE, ANSWERS, ANSWERS))
+def test_the_answer_passes(given: Examples) -> None:
+    assert all(verdict.passed for verdict in judge(given.before, given.answers, given.answers))
 
 
-def test_a_slightly_noisy_answer_passes() -> None:
+def test_a_slightly_noisy_answer_passes(given: Examples) -> None:
     torch.manual_seed(0)
-    noisy = (ANSWERS + 0.015 * torch.randn_like(ANSWERS)).clamp(0, 1)
-    assert all(verdict.passed for verdict in judge(BEFORE, ANSWERS, noisy))
+    noisy = (given.answers + 0.015 * torch.randn_like(given.answers)).clamp(0, 1)
+    assert all(verdict.passed for verdict in judge(given.before, given.answers, noisy))
 
 
-def test_the_unedited_picture_fails() -> None:
-    for edit, verdict in zip(EDITS, judge(BEFORE, ANSWERS, BEFORE), strict=True):
+def test_the_unedited_picture_fails(given: Examples) -> None:
+    for edit, verdict in zip(
+        given.edits, judge(given.before, given.answers, given.before), strict=True
+    ):
         assert not verdict.passed, edit.instruction
         assert verdict.change == pytest.approx(1)
 
 
-def test_half_an_edit_fails() -> None:
-    half = (BEFORE + ANSWERS) / 2
-    assert not any(verdict.passed for verdict in judge(BEFORE, ANSWERS, half))
+def test_half_an_edit_fails(given: Examples) -> None:
+    half = (given.before + given.answers) / 2
+    assert not any(verdict.passed for verdict in judge(given.before, given.answers, half))
 
 
-def test_another_edits_answer_fails() -> None:
-    assert not any(verdict.passed for verdict in judge(BEFORE, ANSWERS, ANSWERS.roll(3, 0)))
+def test_another_edits_answer_fails(given: Examples) -> None:
+    assert not any(
+        verdict.passed for verdict in judge(given.before, given.answers, given.answers.roll(3, 0))
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,9 +102,9 @@ def test_where_everything_changes_all_of_it_is_compared() -> None:
     assert verdict.change < 0.4 and not verdict.passed
 
 
-def test_style_is_told_from_its_absence() -> None:
-    assert all(in_style(ANSWERS, STYLED, STYLED))
-    assert not any(in_style(ANSWERS, STYLED, ANSWERS))
+def test_style_is_told_from_its_absence(given: Examples) -> None:
+    assert all(in_style(given.answers, given.styled, given.styled))
+    assert not any(in_style(given.answers, given.styled, given.answers))
 
 
 def test_psnr() -> None:

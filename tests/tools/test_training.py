@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from random import Random
@@ -35,17 +36,23 @@ from tools.miniature.train.data import Pairs, draw_shard, encode_shard, shard_of
 from tools.miniature.train.optimiser import Optimiser
 from tools.miniature.train.rounding import Rounding, nf4
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 
 
-def shard(kinds: tuple[str, ...], count: int = 3) -> Any:
+def shard(kinds: tuple[str, ...], count: int) -> Any:
     return shard_of([training_edit(Random(number), kinds) for number in range(count)])
 
 
+@functools.cache
 def pairs(kinds: tuple[str, ...]) -> Pairs:
     model = mini_model(torch.bfloat16, use_lightning_lora="0")
     return encode_shard(
-        shard(kinds), lambda drawn: autoencoder.encode(model.vae, drawn), upstream.tokenizer(), CPU
+        shard(kinds, 2),
+        lambda drawn: autoencoder.encode(model.vae, drawn),
+        upstream.tokenizer(),
+        CPU,
     )
 
 
@@ -59,12 +66,12 @@ def test_a_batchs_velocities_are_the_served_ones(kinds: tuple[str, ...]) -> None
     trained, batch = served_editor(), pairs(kinds)
     transformer = mini_model(torch.bfloat16, use_lightning_lora="0").transformer
     torch.manual_seed(0)
-    latents, times = torch.randn(3, 64, 64), torch.tensor([0.95, 0.6, 0.2])
+    latents, times = torch.randn(2, 64, 64), torch.tensor([0.95, 0.2])
     with torch.inference_mode():
         text = editor.encode(trained, batch)
         found = editor.velocity(trained, batch, text, latents, times).float()
     shapes = ((1, 8, 8),) * (1 + batch.layout.pictures)
-    for row in range(3):
+    for row in range(2):
         image = torch.cat([latents[row].bfloat16(), batch.shown[row]])
         words = text[row, : batch.lengths[row]]
         served = velocities(transformer, [Row(image, shapes, words, times[row].item())])
@@ -74,7 +81,7 @@ def test_a_batchs_velocities_are_the_served_ones(kinds: tuple[str, ...]) -> None
 
 def test_latents_are_the_served_ones() -> None:
     model = mini_model(torch.bfloat16)
-    answers = draw_shard(shard(ONE_PICTURE), CPU).answers
+    answers = draw_shard(shard(ONE_PICTURE, 2), CPU).answers
     found = autoencoder.encode(model.vae, answers)
     for picture, latents in zip(answers, found, strict=True):
         served = conditions.encode(model, "", None, [to_image(picture)]).references
@@ -163,7 +170,7 @@ def _copied(value: Any) -> Any:
 def test_a_student_trains_the_lora_alone_as_it_is_served(tmp_path: Path) -> None:
     teacher, batch = served_editor(), pairs(ONE_PICTURE)
     student = loras.Student(teacher)
-    for number in range(3):
+    for number in range(2):
         torch.manual_seed(number)
         editor.flow_loss(student.editor, batch, train_text=False).backward()
         student.set_rate(1e-2, number, 10)
