@@ -18,7 +18,7 @@ if not torch.cuda.is_available():  # Triton then runs kernels in its interpreter
 from image_worker.catalog import CATALOG, ModelEntry
 from image_worker.model.build import Model, build
 from image_worker.model.components import Component
-from image_worker.model.placement import detect_hardware
+from image_worker.model.hardware import detect_hardware
 from image_worker.model.recipe import Recipe, read_component
 from image_worker.settings import Precision, Settings
 

@@ -336,7 +336,7 @@ def test_settings_without_effect_are_told(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_a_card_that_is_too_small_stops_the_start(monkeypatch: Any) -> None:
-    from image_worker.model.placement import Hardware
+    from image_worker.model.hardware import Hardware
 
     tiny = Hardware("a small card", free=2**20)
     monkeypatch.setattr("image_worker.worker.detect_hardware", lambda _: tiny)

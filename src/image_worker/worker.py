@@ -28,7 +28,7 @@ from image_worker.job.request import EditRequest, summary
 from image_worker.job.response import Outlet, failure, make_reply
 from image_worker.job.storage import Storage
 from image_worker.model.build import Model, build
-from image_worker.model.placement import detect_hardware
+from image_worker.model.hardware import detect_hardware
 from image_worker.orders import Made, Order
 from image_worker.settings import Settings
 

@@ -121,8 +121,7 @@ def test_pictures_do_not_change(precision: str) -> None:
     assert psnr(edit("stream"), edit("none")) >= 60
 
 
-def test_a_job_beyond_the_room_takes_weights_off_the_card() -> None:
-    """With so little memory that the model stays, and this job fits beside half of it only."""
+def test_a_picture_is_the_same_after_weights_left_the_card() -> None:
     settings = Settings.from_env({"MODEL": "mini", "REMEMBER_MB": "0"})
     worker = Worker.from_settings(settings)
     small = picture(worker.run_blocking(job(seed=3)))

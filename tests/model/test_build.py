@@ -22,7 +22,8 @@ from image_worker.model.build import (
     _compute_dtype,
     build,
 )
-from image_worker.model.placement import GIB, Hardware, Plan
+from image_worker.model.hardware import GIB, Hardware
+from image_worker.model.placement import Plan
 from image_worker.model.recipe import keep_kernels
 from image_worker.settings import Settings
 from tests.conftest import MINI, MINI_FOLDER, build_mini, mini_model

@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 
 from image_worker.errors import DoesNotFit
-from image_worker.model.placement import (
-    GIB,
-    RESERVE,
-    SHARED_TOKENS,
-    Hardware,
-    Shape,
-    Sizes,
-    plan,
-)
+from image_worker.model.hardware import GIB, Hardware
+from image_worker.model.placement import RESERVE, SHARED_TOKENS, Shape, Sizes, plan
 from image_worker.settings import Settings
 
 TRANSFORMER, LAYERS, VISION = (

@@ -19,8 +19,8 @@ from image_worker.edit.denoise import Picture
 from image_worker.kernels.reference import decode_nf4
 from image_worker.model.components import TEXT_ENCODER, TRANSFORMER
 from image_worker.model.formats.nf4 import Nf4Linear
+from image_worker.model.hardware import detect_hardware
 from image_worker.model.lora import Lora
-from image_worker.model.placement import detect_hardware
 from image_worker.model.transformer import Row, velocities
 from image_worker.model.vae import last_frame
 from image_worker.settings import Settings

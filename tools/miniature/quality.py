@@ -25,7 +25,7 @@ from image_worker.edit.conditions import Conditions
 from image_worker.edit.decode import decode
 from image_worker.edit.denoise import denoise, start
 from image_worker.model.build import Model, build
-from image_worker.model.placement import detect_hardware
+from image_worker.model.hardware import detect_hardware
 from image_worker.settings import Settings
 from tools.miniature.edits import TWO_PICTURES, Edit, held_out_edits
 from tools.miniature.render import draw, pack, pictures_of, to_image, to_picture

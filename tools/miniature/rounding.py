@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from image_worker.model.build import build
-from image_worker.model.placement import Hardware
+from image_worker.model.hardware import Hardware
 from image_worker.settings import Settings
 from tools.miniature import quality
 from tools.miniature.quality import Examples

@@ -121,7 +121,7 @@ def measure() -> None:
     import torch
 
     from image_worker.model.cold_start import host_peak_gib
-    from image_worker.model.placement import GIB
+    from image_worker.model.hardware import GIB
     from image_worker.settings import Settings
     from image_worker.worker import Worker
 

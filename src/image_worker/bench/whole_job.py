@@ -26,7 +26,7 @@ from image_worker.bench.full_size import MODEL, ensure_checkpoint, job
 from image_worker.bench.stock import edit_plus_pipeline
 from image_worker.catalog import CATALOG
 from image_worker.model import files
-from image_worker.model.placement import GIB
+from image_worker.model.hardware import GIB
 from image_worker.settings import Settings
 from image_worker.worker import Worker
 

@@ -25,8 +25,9 @@ from image_worker.errors import DoesNotFit, InvalidSettings, OutOfMemory
 from image_worker.model import components, files
 from image_worker.model.cold_start import ColdStart
 from image_worker.model.components import Component
+from image_worker.model.hardware import Hardware
 from image_worker.model.packed import HOST, move
-from image_worker.model.placement import Hardware, Plan, plan
+from image_worker.model.placement import Plan, plan
 from image_worker.model.recipe import Recipe, as_served, read_component
 from image_worker.model.remembered import Remembered
 from image_worker.model.store import Store
@@ -145,12 +146,6 @@ def _start(
 ) -> Model:
     """Loads as planned, tries the model, and keeps its weights for the next start."""
     store = Store(recipe, decided)
-    if decided.from_disk and not store.is_there:
-        raise DoesNotFit(
-            "the host's memory does not hold the weights that pass through the card, and none are "
-            "prepared: run `python -m image_worker prepare` on a machine with more memory, with "
-            "the same settings and the same MODEL_DIR"
-        )
     try:
         model = _load(recipe, store, decided, cold_start)
     finally:
@@ -195,7 +190,17 @@ def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) ->
 
 
 def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.Module:
-    """From the checkpoint. What shall pass through the card is made there, one by one."""
+    """From the checkpoint. What shall pass through the card is made there, one by one.
+
+    Raises:
+        DoesNotFit: the host's memory would have to hold it, and cannot.
+    """
+    if decided.from_disk:
+        raise DoesNotFit(
+            "the host's memory does not hold the weights that pass through the card, and none are "
+            "prepared: run `python -m image_worker prepare` on a machine with more memory, with "
+            "the same settings and the same MODEL_DIR"
+        )
     streams = decided.streams(component.name)
     home = torch.device("cpu") if streams else None
     module = read_component(recipe, component, decided.precision, home=home)

@@ -9,17 +9,13 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from image_worker.compute import POSSIBLE, automatic
 from image_worker.errors import DoesNotFit
-from image_worker.model.host import free_host_memory
+from image_worker.model.hardware import GIB, Hardware
 from image_worker.model.stream import BUFFERS
 from image_worker.settings import Precision, Settings
 
 log = logging.getLogger(__name__)
-
-GIB = 2**30
 
 # Measured at full size on one card by `python -m image_worker.bench.full_size`: peak working
 # memory above the weights, per image or text token and unit of model width, and per pixel and unit
@@ -40,50 +36,6 @@ RESERVE = GIB // 2
 SHARED_TOKENS = 10_240
 
 HOST_RESERVE = 2 * GIB  # of the host's memory: for pictures, prompts and the libraries
-
-# CPUs, in torch's words, on which a product in bf16 takes 7 times as long as in float32.
-_SLOW_IN_BF16 = ("DEFAULT", "NO AVX", "AVX2")
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What the plan needs to know of the machine. Without a card, memory is not planned.
-
-    free, host: bytes of the card and of the host that can still be had; capability: the card's
-    compute capability.
-    """
-
-    name: str
-    free: int | None = None
-    has_bf16: bool = True
-    capability: tuple[int, int] | None = None
-    host: int | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model runs."""
-        return torch.device("cpu" if self.free is None else "cuda")
-
-
-def detect_hardware(settings: Settings) -> Hardware:
-    """Looks at the card, and makes `GPU_MAX_GIB` a limit that the process cannot exceed."""
-    if not torch.cuda.is_available():
-        return Hardware(
-            name="CPU", has_bf16=torch.backends.cpu.get_cpu_capability() not in _SLOW_IN_BF16
-        )
-    free, total = torch.cuda.mem_get_info()
-    if settings.gpu_max_gib is not None:
-        limit = int(settings.gpu_max_gib * GIB)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-        free = min(free, limit)
-    capability = torch.cuda.get_device_capability()
-    return Hardware(
-        name=torch.cuda.get_device_name(),
-        free=free,
-        has_bf16=capability >= (8, 0),
-        capability=capability,
-        host=free_host_memory(),
-    )
 
 
 @dataclass(frozen=True)
