@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -54,6 +55,8 @@ class Engine:
         self._since = time.perf_counter()
         self._patience = patience
         self._aside = side_stream()
+        # What is begun ahead makes no room: in its turn it may fit beside less.
+        self._ahead = replace(model, gives_room=False)
         self._waiting: deque[Task] = deque()
         self._running: list[Task] = []
         self._announced = 0
@@ -173,19 +176,19 @@ class Engine:
             task.passed("wait")
         for task in tasks:
             with self._blamed_on(task):
-                task.pictures = task.pictures or self._pictures(task.order)
+                task.pictures = task.pictures or self._pictures(self.model, task.order)
                 wait_for_card()
                 task.passed("encode")
                 self._running.append(task)
 
-    def _pictures(self, order: Order) -> list[Picture]:
+    def _pictures(self, model: Model, order: Order) -> list[Picture]:
         """A job's pictures as noise."""
-        text = encode_prompts(self.model, order.prepared)
-        references = encode_references(self.model, order.prepared)
+        text = encode_prompts(model, order.prepared)
+        references = encode_references(model, order.prepared)
         conditions = Conditions(*text, references, order.prepared.shapes)
         return [
             start(
-                self.model,
+                model,
                 conditions,
                 order.size,
                 seed=seed,
@@ -210,11 +213,12 @@ class Engine:
             return
         try:
             self._advance(tasks, pictures)
-        except Exception:
-            if card_is_lost():
+            return
+        except Exception as error:
+            if _is_everyones(error):
                 raise
-            for task in tasks:  # if it fails again, it is that job's
-                self._step([task])
+        for task in tasks:  # if it fails again, it is that job's
+            self._step([task])
 
     def _advance(self, tasks: Sequence[Task], pictures: Sequence[Picture]) -> None:
         # Made on the side stream, to which their memory returns as soon as nobody holds them: the
@@ -239,9 +243,9 @@ class Engine:
         task.tried_ahead = True
         try:
             with memory_errors("encoding"), torch.cuda.stream(self._aside):
-                task.pictures = self._pictures(task.order)
-        except Exception:
-            if card_is_lost():
+                task.pictures = self._pictures(self._ahead, task.order)
+        except Exception as error:
+            if _is_everyones(error):
                 raise
             log.warning("a job could not be begun ahead; it will be in its turn", exc_info=True)
 
@@ -270,8 +274,8 @@ class Engine:
                     with memory_errors("a preview"):
                         shown = preview(self.model, first) if wanted else None
                     task.order.watcher(first.step, len(first.levels) - 1, shown)
-                except Exception:
-                    if card_is_lost():
+                except Exception as error:
+                    if _is_everyones(error):
                         raise
                     log.warning("progress could not be told", exc_info=True)
 
@@ -295,7 +299,7 @@ class Engine:
             with memory_errors("this job"):
                 yield
         except Exception as error:
-            if not isinstance(error, WorkerError) and card_is_lost():
+            if _is_everyones(error):
                 raise
             self._settle(task, error)
 
@@ -320,3 +324,10 @@ class Engine:
             self._running, self._waiting = [], deque()
         for task in tasks:
             self._settle(task, CardLost("the worker's card failed; try again on another worker"))
+
+
+def _is_everyones(error: Exception) -> bool:
+    """Whether no job is to blame, and none can run any more."""
+    if isinstance(error, WorkerError):
+        return isinstance(error, CardLost)
+    return card_is_lost()

@@ -26,7 +26,6 @@ from image_worker.model import components, files
 from image_worker.model.cold_start import ColdStart
 from image_worker.model.components import Component
 from image_worker.model.hardware import Hardware
-from image_worker.model.packed import HOST, move
 from image_worker.model.placement import Plan, plan
 from image_worker.model.recipe import Recipe, as_served, read_component
 from image_worker.model.remembered import Remembered
@@ -56,6 +55,7 @@ class Model:
     vae: Any
     cold_start: ColdStart
     encodings: Remembered
+    gives_room: bool = True
 
     @property
     def steps(self) -> int:
@@ -67,7 +67,7 @@ class Model:
 
         Returns false where there is nothing left that could leave.
         """
-        if self.plan.peak is None or self.plan.most_tokens == self.plan.max_tokens:
+        if not self.gives_room or self.plan.most_tokens == self.plan.max_tokens:
             return False
         lists = blocks_of(self.transformer, self.text_encoder)
         left = [blocks.give_up(self.device) for blocks in lists]
@@ -125,6 +125,8 @@ def build(
             if settings.cpu_offload != "auto":
                 raise
             log.warning("%s does not fit after all: trying again with less of it", entry.name)
+        if hardware.free is not None:
+            torch.cuda.synchronize()  # copies may be on their way still
         gc.collect()  # the transformer holds itself
         torch.cuda.empty_cache()
         least = settings.model_copy(
@@ -198,21 +200,17 @@ def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.M
     if decided.from_disk:
         raise DoesNotFit(
             "the host's memory does not hold the weights that pass through the card, and none are "
-            "prepared: run `python -m image_worker prepare` on a machine with more memory, with "
-            "the same settings and the same MODEL_DIR"
+            f"prepared: run `PRECISION_MODE={decided.precision} COMPUTE={recipe.compute} python -m "
+            "image_worker prepare` on a machine with more memory and a card of the same kind, with "
+            "the other settings and MODEL_DIR as here"
         )
-    streams = decided.streams(component.name)
-    home = torch.device("cpu") if streams else None
-    module = read_component(recipe, component, decided.precision, home=home)
+    module = read_component(recipe, component, decided.precision, away=decided.streamed)
     module = as_served(recipe, component, module)
     held = {}
     for name, slots in component.units(module).items():
         if name in decided.streamed:
             held[name] = Held.of(slots, recipe.device)
-        elif name.endswith(f"/{HOST}"):
-            move(slots, torch.device("cpu"))
-        elif streams:
-            move(slots, recipe.device)
+            held[name].settle()  # so that what they held before is free
     component.stream(module, held, recipe.device)
     return module
 

@@ -59,6 +59,13 @@ class Component:
             found.setdefault(f"{self.name}/{unit}", []).append(slot)
         return found
 
+    def unit(self, name: str) -> str:
+        """The unit that becomes of a checkpoint's tensor, by its name there."""
+        found = unit_of(name, self.blocks.values())
+        source, _, number = found.rpartition(".")
+        served = {there: here for here, there in self.blocks.items()}
+        return f"{self.name}/{served[source]}.{number}" if source else f"{self.name}/{found}"
+
     def stream(self, module: nn.Module, held: Mapping[str, Held], device: torch.device) -> None:
         """These units of a module that serves pass through the device from now on."""
         for name in self.blocks:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+HOST_RESERVE = 4 * 2**30  # bytes: for the libraries, the prompts' embedding and pictures
+
 
 def free_host_memory(root: Path = Path("/")) -> int | None:
     """Bytes, of the machine or of the container, whichever has less; None where nobody says.

@@ -6,6 +6,7 @@ Too little memory is one job's error; a broken CUDA context is everyone's.
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -35,7 +36,8 @@ def memory_errors(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if not _NO_MEMORY.search(str(error)):
             raise
-    # Outside of the handler: the traceback keeps the tensors of the frames it goes through.
+        # They keep tensors, and are kept themselves by whoever handles the error that follows.
+        traceback.clear_frames(error.__traceback__)
     torch.cuda.empty_cache()
     raise OutOfMemory(
         f"{what} needs more memory than the card has left; use a smaller size, fewer pictures, or "
@@ -53,9 +55,10 @@ def with_room(make_room: Callable[[], bool], work: Callable[[], T]) -> T:
         try:
             with memory_errors("this job"):
                 return work()
-        except OutOfMemory:
-            if not make_room():
-                raise
+        except OutOfMemory as error:
+            failure = error
+        if not make_room():
+            raise failure
 
 
 def side_stream() -> torch.cuda.Stream | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from contextlib import suppress
@@ -10,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from image_worker.errors import DoesNotFit, ModelMismatch
+from image_worker.errors import CardLost, DoesNotFit
 from image_worker.model.tensor_file import read_into
+
+log = logging.getLogger(__name__)
 
 _PAGE = 4096
 
@@ -70,9 +73,12 @@ class OnDisk:
         """Into `memory` (bytes, of this size, on the host).
 
         Raises:
-            ModelMismatch: the file cannot be read.
+            CardLost: the file cannot be read, and so no job can run here any more.
         """
         try:
             read_into(self._descriptor, memory, self._start)
         except OSError as error:
-            raise ModelMismatch(f"{self._name} cannot be read any more: {error}") from error
+            log.critical("%s cannot be read any more: %s", self._name, error)
+            raise CardLost(
+                "the worker's weights cannot be read any more; try again on another worker"
+            ) from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from image_worker.compute import POSSIBLE, automatic
 from image_worker.errors import DoesNotFit
 from image_worker.model.hardware import GIB, Hardware
+from image_worker.model.host import HOST_RESERVE
 from image_worker.model.stream import BUFFERS
 from image_worker.settings import Precision, Settings
 
@@ -34,8 +35,6 @@ RESERVE = GIB // 2
 # Where weights pass through the card, there is room for a forward of so many tokens at least: a
 # pass serves a batch of four small pictures as well as one of the usual size.
 SHARED_TOKENS = 10_240
-
-HOST_RESERVE = 2 * GIB  # of the host's memory: for pictures, prompts and the libraries
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,12 @@ def read_component(
     precision: Precision,
     *,
     whole: bool = False,
-    home: torch.device | None = None,
+    away: Set[str] = frozenset(),
 ) -> nn.Module:
     """A component as its checkpoint has it, with its weights, the transformer's LoRAs merged.
 
-    whole: with the layers that serve from disk, too; home: where it is, if not on the device.
+    whole: with the layers that serve from disk, too; away: units that are on the host, not on the
+    device.
     """
     folder = recipe.folder / component.name
     module = component.empty(folder)
@@ -70,7 +72,7 @@ def read_component(
         if component is components.TRANSFORMER
         else (),
         label=component.name,
-        home=home,
+        stays=lambda name: not component.on_host(name) and component.unit(name) not in away,
     )
     return module
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from image_worker.errors import ModelMismatch
+from image_worker.errors import DoesNotFit
+from image_worker.model.host import HOST_RESERVE, free_host_memory
 from image_worker.model.packed import Layout, Slot, slots
 from image_worker.model.pinned import OnDisk, Pinned
 
@@ -33,13 +34,21 @@ class Held:
 
     @classmethod
     def of(cls, slots: Sequence[Slot], device: torch.device) -> Held:
-        """What slots hold now, from where `device` is to be fed; they refer to it meanwhile."""
+        """A copy of what slots hold now, from where `device` is to be fed.
+
+        Raises:
+            DoesNotFit: the host has no memory for it.
+        """
         layout = Layout.of(slots)
         host = Pinned(layout.size)
         layout.pack(slots, host.memory)
-        layout.fill(slots, host.memory)
         host.lock(device)
         return cls(slots, layout, host)
+
+    def settle(self) -> None:
+        """Slots refer to this copy, if it is in memory."""
+        if isinstance(self.host, Pinned):
+            self.layout.fill(self.slots, self.host.memory)
 
 
 class Blocks(nn.ModuleList):
@@ -75,12 +84,12 @@ class Blocks(nn.ModuleList):
         """From now on these blocks pass through the card, by their numbers."""
         if not held:
             return
-        self._held |= held
         if not self._passages:
             size, stream = max(map(self._size, range(len(self)))), _side_stream(device)
             self._passages = [
                 _Passage(size, device, stream) for _ in range(min(BUFFERS, len(self)))
             ]
+        self._held |= held
         queues: list[list[Held]] = [[] for _ in self._passages]
         for index, number in enumerate(self.away):
             queues[index % len(queues)].append(self._held[number])
@@ -88,14 +97,28 @@ class Blocks(nn.ModuleList):
             passage.serve(queue)
 
     def give_up(self, device: torch.device) -> bool:
-        """Half of the blocks that stayed leave the card for good; false if none stayed."""
+        """Half of the blocks that stayed leave the card for good.
+
+        Returns false if none stayed, or the host has no memory for them.
+        """
         stayed = [number for number in range(len(self)) if number not in self._held]
         leaving = stayed[::2]
-        if len(leaving) + len(self._held) < BUFFERS:
+        if not leaving or len(leaving) + len(self._held) < BUFFERS:
+            return False
+        free = free_host_memory()
+        if free is not None and sum(map(self._size, leaving)) + HOST_RESERVE > free:
             return False
         _wait(device)
-        self.stream({n: Held.of(list(slots(self[n])), device) for n in leaving}, device)
-        return bool(leaving)
+        try:
+            held = {number: Held.of(list(slots(self[number])), device) for number in leaving}
+        except DoesNotFit:
+            return False
+        for one in held.values():
+            one.settle()  # before there are buffers, for which there is no room yet
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.stream(held, device)
+        return True
 
     def _size(self, number: int) -> int:
         held = self._held.get(number)
@@ -105,8 +128,7 @@ class Blocks(nn.ModuleList):
     def at_home(self) -> Iterator[None]:
         """Meanwhile, all of them refer to the host's copies of what passes."""
         for held in self._held.values():
-            if isinstance(held.host, Pinned):
-                held.layout.fill(held.slots, held.host.memory)
+            held.settle()
         try:
             yield
         finally:
@@ -150,7 +172,7 @@ class _Passage:
         """Has the card wait until that one's weights are there.
 
         Raises:
-            ModelMismatch: they are on disk, and cannot be read any more.
+            CardLost: they are on disk, and cannot be read any more.
         """
         if self._present != index:  # the first pass, or one that was given up before its end
             self.leave(following=index)
@@ -158,7 +180,7 @@ class _Passage:
             read, self._read = self._read, None
             try:
                 read.result()
-            except ModelMismatch:
+            except BaseException:
                 self._present = None
                 raise
         if self._stream is not None:
@@ -167,13 +189,14 @@ class _Passage:
     def leave(self, following: int | None = None) -> None:
         """What is there is not needed any more, when the card has come this far: the next one."""
         if following is None:
-            assert self._present is not None
+            if self._present is None:  # it never arrived
+                return
             following = (self._present + 1) % len(self._queue)
         if following == self._present:
             return
         if self._read is not None:  # for a pass that was given up
             wait([self._read])
-        host, self._present = self._queue[following].host, following
+        host, self._present = self._queue[following].host, None
         if self._stream is not None:
             self._left.record(torch.cuda.current_stream(self._device))
         if isinstance(host, Pinned):
@@ -182,6 +205,7 @@ class _Passage:
         else:
             assert self._reader is not None
             self._read = self._reader.submit(self._fetch, host)
+        self._present = following
 
     def _fetch(self, host: OnDisk) -> None:
         """On the reader's thread."""

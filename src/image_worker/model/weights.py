@@ -51,13 +51,13 @@ def load(
     cut: Cut | None = None,
     loras: Sequence[Lora] = (),
     label: str = "",
-    home: torch.device | None = None,
+    stays: Callable[[str], bool] = lambda name: True,  # noqa: ARG005
 ) -> None:
     """Fills `module`, whose parameters are on the meta device, from safetensors `files`.
 
     rename: the module's name for a checkpoint's tensor, or None for one that is not needed;
-    cut: the part of a checkpoint's tensor that is needed, if not all of it; home: where tensors
-    stay that were made on `device`, if not there.
+    cut: the part of a checkpoint's tensor that is needed, if not all of it; stays: whether
+    what is made of a tensor stays on `device`, or goes to the host.
 
     Raises:
         ModelMismatch: a tensor without a place, a place without a tensor, a shape that differs, or
@@ -78,9 +78,10 @@ def load(
         _check_shape(module, target, tensor.shape)
         if not storage.on_disk(target.rpartition(".")[0]):
             _place(module, target, tensor, storage, device, loras)
-            if home is not None:
+            if not stays(target):
                 owner = module.get_submodule(target.rpartition(".")[0])
-                move([slot for slot in slots(owner) if not slot.tensor.is_meta], home)
+                here = [slot for slot in slots(owner) if slot.tensor.device == device]
+                move(here, torch.device("cpu"))
     if missing:
         raise ModelMismatch(
             f"{label}: the checkpoint lacks {len(missing)} tensors, the first: {min(missing)}"
