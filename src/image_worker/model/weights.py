@@ -80,8 +80,7 @@ def load(
             _place(module, target, tensor, storage, device, loras)
             if not stays(target):
                 owner = module.get_submodule(target.rpartition(".")[0])
-                here = [slot for slot in slots(owner) if slot.tensor.device == device]
-                move(here, torch.device("cpu"))
+                move([slot for slot in slots(owner) if slot.tensor.is_cuda], torch.device("cpu"))
     if missing:
         raise ModelMismatch(
             f"{label}: the checkpoint lacks {len(missing)} tensors, the first: {min(missing)}"
