@@ -104,16 +104,10 @@ def build(
     log.info("plan: %s on %s: %s", entry.name, hardware.name, decided.describe())
     compute = _compute(settings, decided, hardware, dtype)
     int8_attention = _attends_in_int8(settings, hardware, dtype)
-    numbers = _name(dtype)
-    log.info(
-        "numbers in %s, products in %s, attention in %s",
-        numbers,
-        numbers if compute == "bf16" else compute,
-        "int8" if int8_attention else numbers,
-    )
     recipe = Recipe(
         settings, entry, folder, merged, hardware.device, dtype, compute, int8_attention
     )
+    _tell_numbers(recipe)
 
     def start(decided: Plan) -> Model:
         return _start(recipe, decided, cold_start, first_edit)
@@ -138,6 +132,17 @@ def build(
             f"the card ran out of memory while starting at {decided.precision}; "
             "choose a smaller PRECISION_MODE or CPU_OFFLOAD=stream, or free the card"
         ) from error
+
+
+def _tell_numbers(recipe: Recipe) -> None:
+    """Logs what is computed in what."""
+    numbers = _name(recipe.dtype)
+    log.info(
+        "numbers in %s, products in %s, attention in %s",
+        numbers,
+        numbers if recipe.compute == "bf16" else recipe.compute,
+        "int8" if recipe.int8_attention else numbers,
+    )
 
 
 def _start(
