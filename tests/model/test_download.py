@@ -29,7 +29,7 @@ from image_worker.settings import Settings
 from tests.conftest import MINI_FOLDER
 from tests.model.fake_hub import COMMIT, LIST, REPO, Fault, Hub, serving
 
-KILLS = 10
+KILLS = 50
 WEIGHTS = "transformer/model.safetensors"
 RANDOM = random.Random(0)
 SMALL = {
