@@ -117,8 +117,8 @@ def test_at_home_they_hold_their_own_weights() -> None:
     assert torch.equal(run(blocks), run(stay))
 
 
-def passing(model: Model) -> frozenset[str]:
-    """Every block but one of the transformer's, and every second of the text encoder's."""
+def passing(model: Model, *, every: bool = False) -> frozenset[str]:
+    """Every block but one of the transformer's, and every second of the text encoder's; or all."""
     lists = {
         f"{name}/{path}": part
         for name in ("transformer", "text_encoder")
@@ -129,7 +129,7 @@ def passing(model: Model) -> frozenset[str]:
         f"{name}.{number:02d}"
         for name, blocks in lists.items()
         for number in range(len(blocks))
-        if (number != 1 if name.startswith("transformer") else number % 2 == 0)
+        if every or (number != 1 if name.startswith("transformer") else number % 2 == 0)
     )
 
 
@@ -153,6 +153,21 @@ def test_pictures_are_the_same(precision: Precision, tmp_path: Path, monkeypatch
             assert torch.equal(edit(model), expected)
     steps = [step.name for step in model.cold_start.steps]
     assert "prepare" not in steps
+
+
+@pytest.mark.parametrize("precision", ["bf16", "4bit"])
+def test_pictures_are_the_same_when_no_block_stays(
+    precision: Precision, tmp_path: Path, monkeypatch: Any
+) -> None:
+    stays = build_mini(precision_mode=precision)
+    found = Plan(precision, passing(stays, every=True))
+    monkeypatch.setattr(build_module, "plan", lambda *_: found)
+    for _ in range(2):
+        model = build_mini(
+            precision_mode=precision, model_dir=str(tmp_path), keep_prepared="1"
+        )
+        assert torch.equal(edit(model), edit(stays))
+    assert "prepare" not in [step.name for step in model.cold_start.steps]
 
 
 def test_from_disk_pictures_are_the_same(tmp_path: Path, monkeypatch: Any) -> None:

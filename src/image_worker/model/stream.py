@@ -84,12 +84,14 @@ class Blocks(nn.ModuleList):
         """From now on these blocks pass through the card, by their numbers."""
         if not held:
             return
+        after = self._held | held
         if not self._passages:
-            size, stream = max(map(self._size, range(len(self)))), _side_stream(device)
+            stream = _side_stream(device)
+            size = max(self._size(number, after) for number in range(len(self)))
             self._passages = [
                 _Passage(size, device, stream) for _ in range(min(BUFFERS, len(self)))
             ]
-        self._held |= held
+        self._held = after
         queues: list[list[Held]] = [[] for _ in self._passages]
         for index, number in enumerate(self.away):
             queues[index % len(queues)].append(self._held[number])
@@ -105,8 +107,9 @@ class Blocks(nn.ModuleList):
         leaving = stayed[::2]
         if not leaving or len(leaving) + len(self._held) < BUFFERS:
             return False
+        needed = sum(self._size(number, {}) for number in leaving)
         free = free_host_memory()
-        if free is not None and sum(map(self._size, leaving)) + HOST_RESERVE > free:
+        if free is not None and needed + HOST_RESERVE > free:
             return False
         _wait(device)
         try:
@@ -120,9 +123,10 @@ class Blocks(nn.ModuleList):
         self.stream(held, device)
         return True
 
-    def _size(self, number: int) -> int:
-        held = self._held.get(number)
-        return held.layout.size if held else Layout.of(slots(self[number])).size
+    def _size(self, number: int, held: Mapping[int, Held]) -> int:
+        """Bytes of a block, whose slots may be empty where it is held."""
+        one = held.get(number)
+        return one.layout.size if one else Layout.of(slots(self[number])).size
 
     @contextmanager
     def at_home(self) -> Iterator[None]:
