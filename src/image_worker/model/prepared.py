@@ -32,7 +32,7 @@ from image_worker.model.tensor_file import TensorFile
 
 log = logging.getLogger(__name__)
 
-CODE = 3  # to be raised whenever other bytes come of the same files
+CODE = 4  # to be raised whenever other bytes come of the same files
 CHUNK = 2**25  # bytes that share a checksum
 MANIFEST = "manifest.json"
 _IN_CACHE = re.compile(r"/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/")
