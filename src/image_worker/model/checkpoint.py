@@ -1,4 +1,4 @@
-"""A file with a transformer's weights, in whatever format: what the rest of the model asks of it."""
+"""A file with a transformer's weights, in whatever format: what is asked of it."""
 
 from __future__ import annotations
 
