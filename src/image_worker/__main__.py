@@ -1,9 +1,11 @@
-"""`python -m image_worker prepare`: what is done beside serving, for which there is handler.py."""
+"""`python -m image_worker`: what is done beside serving, for which there is handler.py."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+
+from image_worker.commands import clean
 
 
 def main() -> int:
@@ -13,8 +15,17 @@ def main() -> int:
         description="Settings come from environment variables, as for handler.py.",
     )
     commands = parser.add_subparsers(required=True)
-    commands.add_parser("prepare", help="download the model and write its weights as they serve")
-    parser.parse_args()
+    command = commands.add_parser(
+        "prepare", help="download the model and write its weights as they serve"
+    )
+    command.set_defaults(run=_prepare)
+    clean.add_to(commands)
+    given = parser.parse_args()
+    status: int = given.run(given)
+    return status
+
+
+def _prepare(options: argparse.Namespace) -> int:  # noqa: ARG001
     from image_worker.serve.prepare import prepare
 
     return prepare()
