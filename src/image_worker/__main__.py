@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from image_worker.commands import clean
+from image_worker.commands import clean, doctor
 
 
 def main() -> int:
@@ -15,6 +15,7 @@ def main() -> int:
         description="Settings come from environment variables, as for handler.py.",
     )
     commands = parser.add_subparsers(required=True)
+    doctor.add_to(commands)
     command = commands.add_parser(
         "prepare", help="download the model and write its weights as they serve"
     )
