@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from image_worker.commands import clean, doctor
+from image_worker.commands import clean, doctor, edit
 
 
 def main() -> int:
@@ -15,13 +15,18 @@ def main() -> int:
         description="Settings come from environment variables, as for handler.py.",
     )
     commands = parser.add_subparsers(required=True)
+    edit.add_to(commands)
     doctor.add_to(commands)
     command = commands.add_parser(
         "prepare", help="download the model and write its weights as they serve"
     )
     command.set_defaults(run=_prepare)
     clean.add_to(commands)
-    given = parser.parse_args()
+    given, rest = parser.parse_known_args()
+    if rest and (given.run is not edit.run or any(one.startswith("-") for one in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # of what stands on both sides of options, argparse takes the first part only
+        given.given += rest
     status: int = given.run(given)
     return status
 
