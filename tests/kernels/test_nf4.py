@@ -14,16 +14,22 @@ from image_worker.kernels import fused, reference
 from image_worker.kernels.reference import FP8, LARGEST, round_values
 from image_worker.model.formats import nf4
 from image_worker.model.formats.nf4 import Nf4Weight, encode
-from image_worker.model.linear import Nf4, Scratch
+from image_worker.model.linear import Decoded, Scratch
 from tests.kernels.test_fused import with_carries
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
-WAYS = pytest.mark.parametrize("ops", [fused, reference], ids=["fused", "reference"])
 
 # Small, since Triton's interpreter is slow; each is what none of the others is. The first has over
 # 256 blocks of 64, which share a scale of scales; the second, blocks for more than one tile.
 SHAPES = [(20, 1024), (10, 1088), (12, 64)]
+
+
+@pytest.fixture(params=[fused, reference], ids=["fused", "reference"])
+def ops(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What decodes and multiplies, in turn."""
+    monkeypatch.setattr(nf4, "operations", lambda device: request.param)
+    return request.param
 
 
 def layers(count: int, shape: tuple[int, int], bias: Tensor | None = None) -> list[Any]:
@@ -49,16 +55,15 @@ def expected(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(codes, state)  # type: ignore[no-any-return]
 
 
-@WAYS
 @pytest.mark.parametrize("round_to", [FP8, torch.int8])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", [2, 3])
 def test_decoding_to_few_bits(
     count: int, shape: tuple[int, int], round_to: torch.dtype, ops: Any
 ) -> None:
-    product = Nf4(layers(count, shape), Scratch(DEVICE, round_to), ops, round_to)
-    found = torch.empty(product.weight.shape, dtype=round_to, device=DEVICE)
-    ops.decode_nf4(product.weight, found, product.row_scales)
+    product = Decoded(layers(count, shape), Scratch(DEVICE, round_to), ops, round_to)
+    found = torch.empty(product.shape, dtype=round_to, device=DEVICE)
+    product.decode(found)
     values = torch.cat([expected(weight, torch.float32) for weight in weights(count, shape)])
     rounded = round_values(values / product.row_scales, round_to)
     assert (with_carries(found, rounded) == rounded.float()).float().mean() > 0.999
@@ -67,7 +72,6 @@ def test_decoding_to_few_bits(
     assert largest.eq(LARGEST[round_to]).all()
 
 
-@WAYS
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("count", "shape"), [(1, (96, 192)), (2, (40, 320)), (3, (2, 64)), (2, (1100, 64))]
@@ -86,21 +90,19 @@ def test_decoding_is_exact(
     assert torch.equal(found.float(), torch.cat(values).float())
 
 
-@WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_layer(dtype: torch.dtype, ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4, "operations", lambda device: ops)
+@pytest.mark.usefixtures("ops")
+def test_a_layer(dtype: torch.dtype) -> None:
     layer = layers(2, (96, 192), torch.linspace(-1, 1, 96, device=DEVICE).to(dtype))[1]
     x = torch.randn(2, 5, 192, device=DEVICE).to(dtype)
     values = expected(weights(2, (96, 192))[1], dtype)
     assert torch.equal(layer(x), functional.linear(x, values, layer.bias))
 
 
-@WAYS
 @pytest.mark.parametrize("text_tokens", [0, 3])
 def test_products_of_both_streams_in_their_own_type(text_tokens: int, ops: Any) -> None:
     made = layers(4, (96, 192), torch.linspace(-1, 1, 96, device=DEVICE))
-    product = Nf4(made, Scratch(DEVICE, torch.float32), ops, None)
+    product = Decoded(made, Scratch(DEVICE, torch.float32), ops, None)
     assert product.round_to is None
     x = torch.randn(8, 192, device=DEVICE)
     found = product(x, text_tokens)

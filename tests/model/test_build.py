@@ -257,4 +257,4 @@ def test_the_log_tells_of_every_step(caplog: Any) -> None:
         "load vae",
     ):
         assert name in caplog.text
-    assert [step.name for step in model.cold_start.steps][-1] == "load vae"
+    assert [step.name for step in model.cold_start.steps][-1] == "load transformer"

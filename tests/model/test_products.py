@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 TOLERANCE: dict[Compute, float] = {"int8": 0.06, "fp8": 0.16}
 EXACT = 1e-4  # float32, in another order
 ATTENTION_TOLERANCE = 0.2  # int8 attention's own share, of these random tokens
-KINDS = {"8bit": "W8A8", "fp8": "W8A8", "4bit": "Nf4"}
+KINDS = {"8bit": "W8A8", "fp8": "W8A8", "4bit": "Decoded"}
 
 
 def row(side: int, references: int, text: int, seed: int) -> Row:

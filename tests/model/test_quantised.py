@@ -19,8 +19,8 @@ from image_worker.errors import ModelMismatch
 from image_worker.kernels.reference import decode_nf4
 from image_worker.model.components import TEXT_ENCODER, TRANSFORMER, Component
 from image_worker.model.formats import FORMATS, nf4
+from image_worker.model.formats.coded import CodedLinear
 from image_worker.model.formats.fp8 import Fp8Linear
-from image_worker.model.formats.nf4 import Nf4Linear
 from image_worker.model.lora import Lora
 from tests.conftest import MINI, MINI_FOLDER, build_mini, make_picture, mini_model, read_mini
 from tests.pictures import psnr
@@ -30,7 +30,7 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def stored(layer: Any) -> Tensor:
     """The weight that a quantised layer stands for, float32."""
-    if isinstance(layer, Nf4Linear):
+    if isinstance(layer, CodedLinear):
         return decoded(layer, torch.float32)
     if isinstance(layer, bnb.nn.Linear8bitLt):
         return layer.state.CB.float() * layer.state.SCB[:, None] / 127
@@ -40,7 +40,7 @@ def stored(layer: Any) -> Tensor:
     return layer.weight.float()
 
 
-def decoded(layer: Nf4Linear, dtype: torch.dtype) -> Tensor:
+def decoded(layer: CodedLinear, dtype: torch.dtype) -> Tensor:
     """By bitsandbytes."""
     state = quant_state(layer.weight, dtype)
     return bnb.functional.dequantize_4bit(  # type: ignore[no-any-return]
@@ -68,7 +68,7 @@ def test_the_lora_survives(precision: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "kind"), [("fp8", "Fp8Linear"), ("8bit", "Linear8bitLt"), ("4bit", "Nf4Linear")]
+    ("precision", "kind"), [("fp8", "Fp8Linear"), ("8bit", "Linear8bitLt"), ("4bit", "CodedLinear")]
 )
 def test_what_is_quantised(precision: str, kind: str) -> None:
     transformer = read_mini(TRANSFORMER, torch.bfloat16, precision)
@@ -76,7 +76,7 @@ def test_what_is_quantised(precision: str, kind: str) -> None:
     linear = {
         name: type(module).__name__
         for name, module in transformer.named_modules()
-        if isinstance(module, (nn.Linear, Fp8Linear, Nf4Linear))
+        if isinstance(module, (nn.Linear, Fp8Linear, CodedLinear))
     }
     in_blocks = {name for name in linear if name.startswith("transformer_blocks.")}
     modulation = {name for name in in_blocks if "_mod." in name}
@@ -91,7 +91,7 @@ def test_quantize_components_text_leaves_the_transformer_alone() -> None:
     model = build_mini(torch.bfloat16, precision_mode="4bit", quantize_components="text")
     assert type(model.transformer.blocks[1].qkv.image).__name__ == "Plain"
     layer = model.text_encoder.language_model.layers[0].mlp.up_proj
-    assert type(layer).__name__ == "Nf4Linear"
+    assert type(layer).__name__ == "CodedLinear"
 
 
 @pytest.mark.parametrize(("precision", "least"), [("fp8", 30.0), ("8bit", 30.0), ("4bit", 20.0)])
@@ -153,7 +153,7 @@ def test_nf4_is_bitsandbytes_own(shape: tuple[int, int], dtype: torch.dtype) -> 
 @pytest.mark.parametrize("component", [TEXT_ENCODER, TRANSFORMER], ids=lambda one: one.name)
 def test_every_layer_of_the_miniature_decodes_to_bitsandbytes_bits(component: Component) -> None:
     module = read_mini(component, torch.bfloat16, "4bit")
-    layers = [layer for layer in module.modules() if isinstance(layer, Nf4Linear)]
+    layers = [layer for layer in module.modules() if isinstance(layer, CodedLinear)]
     assert len(layers) == {"text_encoder": 3 * 7, "transformer": 7 * 12}[component.name]
     for layer in layers:
         for dtype in TYPES:

@@ -163,9 +163,7 @@ def test_pictures_are_the_same_when_no_block_stays(
     found = Plan(precision, passing(stays, every=True))
     monkeypatch.setattr(build_module, "plan", lambda *_: found)
     for _ in range(2):
-        model = build_mini(
-            precision_mode=precision, model_dir=str(tmp_path), keep_prepared="1"
-        )
+        model = build_mini(precision_mode=precision, model_dir=str(tmp_path), keep_prepared="1")
         assert torch.equal(edit(model), edit(stays))
     assert "prepare" not in [step.name for step in model.cold_start.steps]
 

@@ -18,7 +18,7 @@ from image_worker.edit.decode import decode
 from image_worker.edit.denoise import Picture
 from image_worker.kernels.reference import decode_nf4
 from image_worker.model.components import TEXT_ENCODER, TRANSFORMER
-from image_worker.model.formats.nf4 import Nf4Linear
+from image_worker.model.formats.coded import CodedLinear
 from image_worker.model.hardware import detect_hardware
 from image_worker.model.lora import Lora
 from image_worker.model.transformer import Row, velocities
@@ -267,7 +267,7 @@ def test_those_weights_are_rounded_that_are_quantised_when_served() -> None:
     for component, like in ((TEXT_ENCODER, expected.text), (TRANSFORMER, expected.transformer)):
         module = read_mini(component, torch.bfloat16, "4bit", lora=False)
         for name, layer in module.named_modules():
-            if isinstance(layer, Nf4Linear):
+            if isinstance(layer, CodedLinear):
                 kept = torch.empty(layer.weight.shape, dtype=torch.bfloat16)
                 decode_nf4(layer.weight, kept)
                 wanted = like.get_submodule(name).weight

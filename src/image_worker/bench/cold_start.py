@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from image_worker.bench.full_size import MODEL, ensure_checkpoint, job
-from image_worker.model.cold_start import host_peak_gib
 
 _CHUNK, _THREADS = 2**25, 8
 Run = Callable[[dict[str, Any]], dict[str, Any]]  # a job to its reply
@@ -87,6 +86,8 @@ def measure(name: str) -> dict[str, float]:
     begun = float(os.environ["BEGUN"])
     load = _ours if name == "ours" else _stock
     make = load()
+    from image_worker.model.cold_start import host_peak_gib
+
     imported, before = time.time(), host_peak_gib()
     run = make()
     moments = [imported, time.time()]
@@ -100,8 +101,11 @@ def measure(name: str) -> dict[str, float]:
 
 
 def _ours() -> Callable[[], Run]:
-    """Imports; then makes the worker."""
+    """Imports; then makes the worker. As `handler.py` does it."""
+    from image_worker.serve.process import prepare_process
     from image_worker.settings import Settings
+
+    prepare_process()
     from image_worker.worker import Worker
 
     return lambda: Worker.from_settings(Settings.from_env()).run_blocking

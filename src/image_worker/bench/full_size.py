@@ -104,6 +104,7 @@ def run(folder: Path, configuration: dict[str, str]) -> dict[str, Any]:
         "HF_HUB_OFFLINE": "1",
         "REMEMBER_MB": "0",  # its jobs are all of one picture; people's are not
         "LIGHTNING_STEPS": "4",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # as handler.py has it
         **configuration,
     }
     command = [sys.executable, "-m", "image_worker.bench.full_size", str(folder), "--child"]

@@ -38,7 +38,7 @@ def main() -> None:
     import uvicorn
 
     from image_worker.serve.http import create_app
-    from image_worker.serve.main import favour_event_loop
+    from image_worker.serve.process import favour_event_loop
     from image_worker.settings import Settings
     from image_worker.worker import Worker
 

@@ -9,17 +9,18 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
-from image_worker.model.formats.nf4 import BLOCK, SCALE_BLOCK, Nf4Linear, Nf4Weight
+from image_worker.model.formats.coded import CodedLinear
+from image_worker.model.formats.nf4 import BLOCK, SCALE_BLOCK, Nf4Weight
 
 
 def use_bitsandbytes(module: nn.Module, dtype: torch.dtype) -> None:
     """Its layers of ours become bitsandbytes', which share their tensors and compute in `dtype`."""
     for name, layer in list(module.named_modules()):
-        if isinstance(layer, Nf4Linear):
+        if isinstance(layer, CodedLinear):
             module.set_submodule(name, linear4bit(layer, dtype))
 
 
-def linear4bit(layer: Nf4Linear, dtype: torch.dtype) -> Any:
+def linear4bit(layer: CodedLinear, dtype: torch.dtype) -> Any:
     """bitsandbytes' layer of that one's tensors."""
     made = Linear4bit(
         layer.in_features,

@@ -1,6 +1,6 @@
 """The path of a model, walked once at cold start: from settings to a model that is ready to edit.
 
-settings → Recipe → Plan → text encoder → transformer (+ Lightning, merged) → VAE → first edit
+settings → Recipe → Plan → VAE → text encoder → transformer (+ Lightning, merged) → first edit
 
 Weights come from the checkpoint's own files, or from those that an earlier start prepared. Those
 are read while the rest is set up. Neither diffusers nor transformers is imported: that would take
@@ -22,7 +22,7 @@ from torch import nn
 from image_worker.catalog import LIGHTNING_SAMPLER, ModelEntry, Sampler
 from image_worker.compute import LEAST, POSSIBLE, Compute, automatic, possible
 from image_worker.errors import DoesNotFit, InvalidSettings, OutOfMemory
-from image_worker.model import components, files, sources
+from image_worker.model import components, files, libraries, sources
 from image_worker.model.cold_start import ColdStart
 from image_worker.model.components import Component
 from image_worker.model.hardware import Hardware
@@ -126,18 +126,9 @@ def _build(
     decided = plan(settings, sizes, shape, hardware)
     log.info("plan: %s on %s: %s", entry.name, hardware.name, decided.describe())
     compute = _compute(settings, decided, hardware, dtype)
-    int8_attention = _attends_in_int8(settings, hardware, dtype)
-    recipe = Recipe(
-        settings,
-        entry,
-        found.folder,
-        found.loras,
-        hardware.device,
-        dtype,
-        compute,
-        int8_attention,
-        found.is_complete,
-    )
+    int8 = _attends_in_int8(settings, hardware, dtype)
+    folder, loras, device = found.folder, found.loras, hardware.device
+    recipe = Recipe(settings, entry, folder, loras, device, dtype, compute, int8, found.is_complete)
     _tell_numbers(recipe)
 
     def start(decided: Plan) -> Model:
@@ -204,6 +195,9 @@ def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) ->
         with cold_start.step(f"load {component.name}"):
             return store.read(component) or _load_component(recipe, component, decided)
 
+    vae = load(components.VAE)
+    with libraries.loading(recipe, decided, vae):
+        text_encoder, transformer = load(components.TEXT_ENCODER), load(components.TRANSFORMER)
     scheduler = files.read_json(folder / "scheduler" / "scheduler_config.json")
     processor = folder / "processor" / "preprocessor_config.json"
     return Model(
@@ -216,9 +210,9 @@ def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) ->
         tokenizer=TextTokenizer(folder / "tokenizer"),
         # A model that takes no pictures has no such file, and never asks.
         patching=read_patching(files.read_json(processor) if entry.max_images else {}),
-        text_encoder=load(components.TEXT_ENCODER),
-        transformer=load(components.TRANSFORMER),
-        vae=load(components.VAE),
+        text_encoder=text_encoder,
+        transformer=transformer,
+        vae=vae,
         cold_start=cold_start,
         encodings=Remembered(settings.remember_mb * 10**6),
     )

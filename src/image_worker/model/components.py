@@ -154,7 +154,7 @@ VAE = Component(
     rename=checkpoint_name,
     cut=last_frame,
 )
-ALL = (TEXT_ENCODER, TRANSFORMER, VAE)
+ALL = (VAE, TEXT_ENCODER, TRANSFORMER)  # in the order in which a start reads them
 
 
 def read_configs(folder: Path) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,8 @@ Prompts and pictures have weights of their own; what comes of both stands side b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,10 @@ from image_worker.kernels.reference import (
     LEAST_AMAX,
     Activation,
     Quantised,
-    nf4_scales,
     streams,
 )
+from image_worker.model.formats.coded import Coded
 from image_worker.model.formats.fp8 import Fp8Linear
-from image_worker.model.formats.nf4 import Nf4Weight
 from image_worker.model.packed import joined
 
 
@@ -91,11 +91,11 @@ class W8A8(nn.Module):
         return found
 
 
-class Nf4(nn.Module):
-    """The same product in both streams, with NF4 weights that are decoded each time.
+class Decoded(nn.Module):
+    """The same product in both streams, with weights that are decoded each time.
 
-    weight: layers of one shape: first those for pictures, then as many for prompts. All are decoded
-    at once, since every launch takes its time; the prompts' last, with which the product begins:
+    weights: layers for pictures, below them as many for prompts; those of one kind are decoded at
+    once, since every launch takes its time. The prompts' come last, with which the product begins:
     they are still in the card's cache. row_scales (rows, 1) float32: what to multiply each row by
     that is decoded to FP8 or int8; None where rows are decoded to the activations' own type.
     """
@@ -105,20 +105,21 @@ class Nf4(nn.Module):
     def __init__(
         self, layers: Sequence[Any], scratch: Scratch, ops: Any, round_to: torch.dtype | None
     ) -> None:
-        """layers: `Nf4Linear`, with biases; round_to: FP8, int8, or None."""
+        """layers: `CodedLinear`, with biases; round_to: FP8, int8, or None."""
         super().__init__()
-        self.weight = Nf4Weight.stacked([layer.weight for layer in layers])
-        row_scales = _row_scales(self.weight, round_to) if round_to else None
+        self.weights = nn.ModuleList(_stacked([layer.weight for layer in layers]))
+        row_scales = _row_scales(self.weights, round_to) if round_to else None
         self.register_buffer("row_scales", row_scales)
         self.bias = _buffer([layer.bias for layer in layers])
+        self.shape = sum(layer.out_features for layer in layers), layers[0].in_features
         self.round_to = round_to
         self._ops, self._scratch = ops, scratch
-        scratch.reserve(*self.weight.shape)
+        scratch.reserve(*self.shape)
 
     def forward(self, x: Activation, text_tokens: int) -> Tensor:
         """As `Pair.forward`."""
-        weight = self._scratch.matrix(*self.weight.shape)
-        self._ops.decode_nf4(self.weight, weight, self.row_scales)
+        weight = self._scratch.matrix(*self.shape)
+        self.decode(weight)
         if isinstance(x, Quantised):
             found: Tensor = self._ops.multiply(x, text_tokens, weight, self.row_scales, self.bias)
             return found
@@ -126,6 +127,15 @@ class Nf4(nn.Module):
         for tokens, rows in streams(text_tokens, weight):
             torch.addmm(self.bias[rows], x[tokens], weight[rows].t(), out=into[tokens])
         return into
+
+    def decode(self, into: Tensor) -> None:
+        """All weights, one below the other, into (rows, columns)."""
+        first = 0
+        weight: Any
+        for weight in self.weights:
+            rows = slice(first, first + weight.shape[0])
+            weight.decode(into[rows], None if self.row_scales is None else self.row_scales[rows])
+            first = rows.stop
 
 
 class Scratch:
@@ -155,12 +165,24 @@ def _rows(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.state.CB, largest.float().view(-1, 1) / LARGEST[torch.int8]
 
 
-def _row_scales(weight: Nf4Weight, round_to: torch.dtype) -> Tensor:
+def _stacked(weights: Sequence[Coded]) -> list[Coded]:
+    """Neighbours of one kind and shape as one."""
+    found = []
+    for _, alike in itertools.groupby(weights, key=lambda weight: (weight.kind, weight.shape)):
+        group = list(alike)
+        found.append(group[0].stacked(group))
+    return found
+
+
+def _row_scales(weights: Iterable[Any], round_to: torch.dtype) -> Tensor:
     """By which each row's largest value, above 0, is the type's: (rows, 1) float32."""
-    if weight.codes.is_meta:  # on which arithmetic imports torch's compiler
-        return torch.empty(weight.shape[0], 1, device="meta")
-    largest = nf4_scales(weight).amax(dim=1, keepdim=True).clamp(min=LEAST_AMAX)
-    return largest / LARGEST[round_to]  # NF4's grid ends at ±1
+    found = []
+    for weight in weights:
+        if weight.is_meta:  # on which arithmetic imports torch's compiler
+            found.append(torch.empty(weight.shape[0], 1, device="meta"))
+        else:
+            found.append(weight.largest().clamp_(min=LEAST_AMAX) / LARGEST[round_to])
+    return joined(found)
 
 
 def _buffer(tensors: Sequence[Tensor]) -> nn.Buffer:

@@ -53,20 +53,19 @@ class Reading:
         self._files = {name: prepared.open(f"{name}.safetensors") for name in names}
         if device.type == "cuda":
             torch.cuda.synchronize()  # the memory that is filled may be in use still
-        self._places: dict[str, Tensor | Pinned | OnDisk] = {}
-        for name, file in self._files.items():
-            size = file.layout.size
-            if name not in streamed:
-                here = torch.device("cpu") if name.endswith(f"/{HOST}") else device
-                self._places[name] = torch.empty(size, dtype=torch.uint8, device=here)
-            elif from_disk:
-                self._places[name] = OnDisk(file.path, file.start, size)
-            else:
-                self._places[name] = Pinned(size)
         total = sum(file.layout.size for file in self._files.values())
         self._bar = tqdm(total=total, desc="load", unit="B", unit_scale=True, disable=None)
         self._threads = ThreadPoolExecutor(_THREADS)
-        self._work = {name: self._begin(prepared, name) for name in self._files}
+        self._places: dict[str, Tensor | Pinned | OnDisk] = {}
+        self._work: dict[str, list[Future[None]]] = {}
+        try:
+            for name in self._files:
+                away = name in streamed
+                self._places[name] = self._place(name, away=away, from_disk=from_disk)
+                self._work[name] = self._begin(prepared, name)
+        except BaseException:
+            self.close()
+            raise
 
     def fill(self, units: Mapping[str, Sequence[Slot]]) -> dict[str, Held]:
         """Fills the slots of each unit, named as its file, with views of one run of bytes.
@@ -106,6 +105,14 @@ class Reading:
         self._threads.shutdown(cancel_futures=True)
         self._bar.close()
         self._places.clear()
+
+    def _place(self, name: str, *, away: bool, from_disk: bool) -> Tensor | Pinned | OnDisk:
+        file = self._files[name]
+        size = file.layout.size
+        if not away:
+            here = torch.device("cpu") if name.endswith(f"/{HOST}") else self._device
+            return torch.empty(size, dtype=torch.uint8, device=here)
+        return OnDisk(file.path, file.start, size) if from_disk else Pinned(size)
 
     def _whole(self, name: str) -> Tensor | Pinned | OnDisk:
         for piece in self._work[name]:

@@ -32,7 +32,7 @@ from image_worker.model.tensor_file import TensorFile
 
 log = logging.getLogger(__name__)
 
-CODE = 4  # to be raised whenever other bytes come of the same files
+CODE = 5  # to be raised whenever other bytes come of the same files
 CHUNK = 2**25  # bytes that share a checksum
 MANIFEST = "manifest.json"
 _LEASE_SECONDS = 60.0  # after which a writer that gave no sign of life counts as dead

@@ -18,6 +18,13 @@ class Linear(nn.Linear):
         """Leaves them as they are: all are loaded."""
 
 
+class Norm(nn.RMSNorm):
+    """Without values to begin with, too."""
+
+    def reset_parameters(self) -> None:
+        """Leaves them as they are."""
+
+
 class Skeleton(nn.Module):
     """The tree of modules of a `QwenImageTransformer2DModel`."""
 
@@ -26,7 +33,7 @@ class Skeleton(nn.Module):
         width = config.width
         self.config = config
         self.img_in = Linear(config.in_channels, width)
-        self.txt_norm = nn.RMSNorm(config.joint_attention_dim)
+        self.txt_norm = Norm(config.joint_attention_dim)
         self.txt_in = Linear(config.joint_attention_dim, width)
         embedder = {"linear_1": Linear(SINUSOIDS, width), "linear_2": Linear(width, width)}
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": nn.ModuleDict(embedder)})
@@ -62,7 +69,7 @@ def _attention(width: int, head: int) -> nn.ModuleDict:
     }
     parts["to_out"] = nn.ModuleList([Linear(width, width)])
     for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-        parts[name] = nn.RMSNorm(head)
+        parts[name] = Norm(head)
     return nn.ModuleDict(parts)
 
 

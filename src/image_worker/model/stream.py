@@ -84,7 +84,7 @@ class Blocks(nn.ModuleList):
         """From now on these blocks pass through the card, by their numbers."""
         if not held:
             return
-        after = self._held | held
+        after = {**self._held, **held}
         if not self._passages:
             stream = _side_stream(device)
             size = max(self._size(number, after) for number in range(len(self)))

@@ -22,8 +22,8 @@ from image_worker.kernels import operations, reference
 from image_worker.kernels.reference import Activation
 from image_worker.model.attention import BACKENDS, Attention, Exact, Order
 from image_worker.model.embeddings import Shape, rope
-from image_worker.model.formats.nf4 import Nf4Linear
-from image_worker.model.linear import W8A8, Modules, Nf4, Pair, Plain, Scratch
+from image_worker.model.formats.coded import CodedLinear
+from image_worker.model.linear import W8A8, Decoded, Modules, Pair, Plain, Scratch
 from image_worker.model.modulation import Modulation, Read
 from image_worker.model.packed import joined
 from image_worker.model.stream import Blocks
@@ -217,10 +217,10 @@ class Block(nn.Module):
         super().__init__()
         self._ops, self._attention, attn = ops, attention, source.attn
 
-        def product(image: Sequence[Any], text: Sequence[Any]) -> Pair | W8A8 | Nf4:
+        def product(image: Sequence[Any], text: Sequence[Any]) -> Pair | W8A8 | Decoded:
             layers = (*image, *text)
-            if isinstance(layers[0], Nf4Linear):
-                return Nf4(layers, scratch, ops, round_to)
+            if isinstance(layers[0], CodedLinear):
+                return Decoded(layers, scratch, ops, round_to)
             if layers[0].weight.dtype == round_to:
                 return W8A8(layers, ops)
             return Pair(_alike(image), _alike(text), sum(layer.out_features for layer in image))

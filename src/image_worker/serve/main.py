@@ -7,12 +7,18 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from image_worker.errors import InvalidRequest, WorkerError
+from image_worker.serve.process import favour_event_loop, prepare_process
 from image_worker.settings import Settings
+
+if TYPE_CHECKING:  # it imports torch
+    from image_worker.worker import Worker
 
 TEST_INPUT = Path("test_input.json")
 log = logging.getLogger(__name__)
@@ -21,6 +27,7 @@ log = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves the queue where there is one; otherwise runs one job. Returns the exit status."""
     options, for_sdk = _parser().parse_known_args(arguments)
+    prepare_process()
     try:
         settings = Settings.from_env()
         set_up_logging(settings)
@@ -28,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # After the settings: a bad one should not wait for seconds of imports.
         from image_worker.worker import Worker
 
+        if job is None:
+            _import_on_thread(_way_in(settings))
         worker = Worker.from_settings(settings)
     except WorkerError as error:
         log.debug("the start failed", exc_info=error)
@@ -36,28 +45,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:  # the start's own catch-all: no job has been taken
         log.exception("error: the worker could not start")
         return 2
+    finally:
+        gc.enable()
     if job is not None:
         from image_worker.serve.command import run_one
 
         return run_one(worker, job, options.output_folder)
     favour_event_loop()
-    if settings.standalone_mode:
-        from image_worker.serve.http import serve as serve_http
-
-        return serve_http(worker, settings)
-    from image_worker.serve.runpod_queue import serve
-
+    serve: Callable[[Worker, Settings], int] = import_module(_way_in(settings)).serve
     return serve(worker, settings)
 
 
-def favour_event_loop() -> None:
-    """Settings of the whole process that have the event loop wait less for the other threads."""
-    # What is there now stays: the collector, which would go through half a million objects now and
-    # then, would keep the loop waiting for a quarter of a second.
-    gc.collect()
-    gc.freeze()
-    # Beside threads that check and decode pictures, the loop waits so long for each in turn.
-    sys.setswitchinterval(0.001)
+def _way_in(settings: Settings) -> str:
+    """The module that jobs come in by."""
+    name = "http" if settings.standalone_mode else "runpod_queue"
+    return f"image_worker.serve.{name}"
+
+
+def _import_on_thread(module: str) -> None:
+    """It takes a second or two, which the model's weights take to be read, too."""
+    threading.Thread(target=import_module, args=[module], name="imports").start()
 
 
 def _parser() -> argparse.ArgumentParser:

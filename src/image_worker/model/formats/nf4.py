@@ -8,20 +8,22 @@ is decoded by `kernels/`, without it, since its import takes seconds of a start.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from image_worker.errors import ModelMismatch
 from image_worker.kernels import operations
+from image_worker.kernels.reference import nf4_scales
+from image_worker.model.formats.coded import Coded, CodedLinear
 from image_worker.model.packed import joined
 
 BLOCK = 64
 SCALE_BLOCK = 256
 
 
-class Nf4Weight(nn.Module):
+class Nf4Weight(Coded):
     """Weights (rows, columns) of layers of one shape, one layer below the other.
 
     codes (rows, columns / 2) uint8: of two values each, the earlier one's in the higher half;
@@ -49,7 +51,7 @@ class Nf4Weight(nn.Module):
         self.grid = nn.Buffer(grid)
 
     @classmethod
-    def stacked(cls, weights: Sequence[Nf4Weight]) -> Nf4Weight:
+    def stacked(cls, weights: Sequence[Self]) -> Self:
         """All of them, of one shape, as one."""
         return cls(
             joined([weight.codes for weight in weights]),
@@ -66,24 +68,13 @@ class Nf4Weight(nn.Module):
         rows, half = self.codes.shape
         return rows, 2 * half
 
+    def decode(self, into: Tensor, row_scales: Tensor | None = None) -> None:
+        """As of `Coded`."""
+        operations(into.device).decode_nf4(self, into, row_scales)
 
-class Nf4Linear(nn.Module):
-    """A linear layer that decodes its weight (out, in) at every product, to its input's type.
-
-    weight: of this one layer; bias (out) or None.
-    """
-
-    def __init__(self, weight: Nf4Weight) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias: nn.Parameter | None = None
-        self.out_features, self.in_features = weight.shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out), in x's type."""
-        weight = x.new_empty(self.weight.shape)
-        operations(x.device).decode_nf4(self.weight, weight)
-        return functional.linear(x, weight, self.bias)
+    def largest(self) -> Tensor:
+        """As of `Coded`: the grid ends at ±1, so these are scales of blocks."""
+        return nf4_scales(self).amax(dim=1, keepdim=True)
 
 
 def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa: ARG001
@@ -100,7 +91,7 @@ def encode(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa
     codes, state = quantize_4bit(
         weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
     )
-    return Nf4Linear(
+    return CodedLinear(
         Nf4Weight(
             codes.view(rows, -1),
             state.absmax.view(rows, -1),
@@ -122,7 +113,7 @@ def empty(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> nn.Module:
     def numbers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device="meta")
 
-    return Nf4Linear(
+    return CodedLinear(
         Nf4Weight(
             codes(rows, columns // 2),
             codes(rows, columns // BLOCK),
