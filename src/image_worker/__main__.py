@@ -13,11 +13,24 @@ def main() -> int:
         description="Settings come from environment variables, as for handler.py.",
     )
     commands = parser.add_subparsers(required=True)
-    commands.add_parser("prepare", help="download the model and write its weights as they serve")
-    parser.parse_args()
+    about = "download the model and write its weights as they serve"
+    command = commands.add_parser("prepare", help=about, description=about)
+    command.add_argument(
+        "--whole",
+        action="store_true",
+        help="write all that later starts need, so that they do without the model's checkpoint",
+    )
+    command.add_argument(
+        "--drop-checkpoint",
+        action="store_true",
+        help="with --whole: then remove the checkpoint and the merged LoRAs from MODEL_DIR",
+    )
+    given = parser.parse_args()
+    if given.drop_checkpoint and not given.whole:
+        command.error("--drop-checkpoint takes --whole")
     from image_worker.serve.prepare import prepare
 
-    return prepare()
+    return prepare(whole=given.whole, drop=given.drop_checkpoint)
 
 
 if __name__ == "__main__":

@@ -53,10 +53,11 @@ class Settings(BaseSettings):
         default_factory=_default_model_dir,
         description="where downloaded weights and compiled kernels are kept",
     )
-    keep_prepared: Literal["auto", "1", "0"] = Field(
+    keep_prepared: Literal["auto", "1", "0", "whole"] = Field(
         "auto",
         description="write weights as they are served to MODEL_DIR/prepared, from where the next "
-        "start reads them; auto does where there is a card",
+        "start reads them; auto does where there is a card; whole: all that a start needs, so that "
+        "the checkpoint and the LoRAs need not be there any more",
     )
     local_only: bool = Field(False, description="never download")
     download_timeout: int = Field(

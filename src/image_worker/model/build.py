@@ -9,9 +9,9 @@ longer than the reading.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ from torch import nn
 from image_worker.catalog import LIGHTNING_SAMPLER, ModelEntry, Sampler
 from image_worker.compute import LEAST, POSSIBLE, Compute, automatic, possible
 from image_worker.errors import DoesNotFit, InvalidSettings, OutOfMemory
-from image_worker.model import components, files, libraries
+from image_worker.model import components, files, libraries, sources
 from image_worker.model.cold_start import ColdStart
 from image_worker.model.components import Component
 from image_worker.model.hardware import Hardware
+from image_worker.model.memory import release
 from image_worker.model.placement import Plan, plan
-from image_worker.model.recipe import Recipe, as_served, read_component
+from image_worker.model.recipe import Incomplete, Recipe, as_served, read_component
 from image_worker.model.remembered import Remembered
-from image_worker.model.store import Store
+from image_worker.model.sources import Find, Sources
+from image_worker.model.store import Store, may_do_without
 from image_worker.model.stream import Held, blocks_of
 from image_worker.model.text_config import Patching, read_patching
 from image_worker.model.tokenizer import TextTokenizer
@@ -94,19 +96,39 @@ def build(
             is too small. Nothing is replaced by something lesser.
     """
     cold_start = ColdStart()
-    with cold_start.step("find files"):
-        folder = files.find_model(entry, settings)
-        merged = (*_lightning(settings, entry), *loras)
     dtype = dtype or _compute_dtype(settings, hardware)
-    shape = components.shape(entry, components.read_configs(folder))
-    sizes = components.sizes(folder, settings, dtype)
+
+    def build_from(find: Find) -> Model:
+        with cold_start.step("find files"):
+            found = find(entry, settings, loras)
+        return _build(settings, entry, hardware, dtype, found, cold_start, first_edit)
+
+    if not may_do_without(settings, hardware.device):
+        return build_from(sources.find_all)
+    with suppress(Incomplete):
+        return build_from(sources.find_least)
+    release()
+    return build_from(sources.find_all)
+
+
+def _build(
+    settings: Settings,
+    entry: ModelEntry,
+    hardware: Hardware,
+    dtype: torch.dtype,
+    found: Sources,
+    cold_start: ColdStart,
+    first_edit: Callable[[Model], None] | None,
+) -> Model:
+    """Plans, and starts as planned."""
+    shape = components.shape(entry, components.read_configs(found.folder))
+    sizes = components.sizes(found.folder, settings, dtype, has_weights=found.is_complete)
     decided = plan(settings, sizes, shape, hardware)
     log.info("plan: %s on %s: %s", entry.name, hardware.name, decided.describe())
     compute = _compute(settings, decided, hardware, dtype)
-    int8_attention = _attends_in_int8(settings, hardware, dtype)
-    recipe = Recipe(
-        settings, entry, folder, merged, hardware.device, dtype, compute, int8_attention
-    )
+    int8 = _attends_in_int8(settings, hardware, dtype)
+    folder, loras, device = found.folder, found.loras, hardware.device
+    recipe = Recipe(settings, entry, folder, loras, device, dtype, compute, int8, found.is_complete)
     _tell_numbers(recipe)
 
     def start(decided: Plan) -> Model:
@@ -119,10 +141,7 @@ def build(
             if settings.cpu_offload != "auto":
                 raise
             log.warning("%s does not fit after all: trying again with less of it", entry.name)
-        if hardware.free is not None:
-            torch.cuda.synchronize()  # copies may be on their way still
-        gc.collect()  # the transformer holds itself
-        torch.cuda.empty_cache()
+        release()
         least = settings.model_copy(
             update={"cpu_offload": "stream", "precision_mode": decided.precision}
         )
@@ -221,18 +240,6 @@ def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.M
             held[name].settle()  # so that what they held before is free
     component.stream(module, held, recipe.device)
     return module
-
-
-def _lightning(settings: Settings, entry: ModelEntry) -> list[Path]:
-    if not settings.use_lightning_lora:
-        return []
-    file = entry.lightning.get(settings.lightning_steps)
-    if file is None:
-        raise InvalidSettings(
-            f"{entry.name} has no Lightning LoRA for {settings.lightning_steps} steps; "
-            "set USE_LIGHTNING_LORA=0 to go without"
-        )
-    return [files.find_adapter(file, settings)]
 
 
 def _compute(settings: Settings, decided: Plan, hardware: Hardware, dtype: torch.dtype) -> Compute:

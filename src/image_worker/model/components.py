@@ -174,22 +174,32 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def sizes(folder: Path, settings: Settings, dtype: torch.dtype) -> dict[Precision, Sizes]:
-    """What the model's weights would take, in bytes, at each precision."""
+def sizes(
+    folder: Path, settings: Settings, dtype: torch.dtype, *, has_weights: bool = True
+) -> dict[Precision, Sizes]:
+    """What the model's weights would take, in bytes, at each precision.
+
+    has_weights: the folder's files are there, and say it faster than their configurations.
+    """
+    shapes = {component: _shapes(folder, component, has_weights) for component in ALL}
     return {
         precision: _sizes(
             {
                 component: weights.stored_bytes(
-                    files.weight_files(folder / component.name),
-                    component.storage(precision, settings, dtype),
-                    component.rename,
-                    component.cut,
+                    found, component.storage(precision, settings, dtype)
                 )
-                for component in ALL
+                for component, found in shapes.items()
             }
         )
         for precision in FORMATS
     }
+
+
+def _shapes(folder: Path, component: Component, has_weights: bool) -> dict[str, torch.Size]:
+    here = folder / component.name
+    if has_weights:
+        return weights.shapes(files.weight_files(here), component.rename, component.cut)
+    return weights.shapes_of(component.empty(here))
 
 
 def _sizes(stored: Mapping[Component, Mapping[str, int]]) -> Sizes:

@@ -19,6 +19,7 @@ from image_worker.model import components, files, weights
 from image_worker.model.attention import Int8
 from image_worker.model.components import Component
 from image_worker.model.lora import Lora
+from image_worker.model.modulation import Read
 from image_worker.model.transformer import ROUND_TO, Transformer
 from image_worker.settings import Precision, Settings
 
@@ -30,7 +31,7 @@ class Recipe:
     """What is built, where from and in which type: everything but where it will lie.
 
     loras: files to merge into the transformer; compute: what it multiplies weights in few bits in;
-    int8_attention: it attends in int8.
+    int8_attention: it attends in int8; is_complete: all files are there, not just the small ones.
     """
 
     settings: Settings
@@ -41,6 +42,11 @@ class Recipe:
     dtype: torch.dtype
     compute: Compute = "bf16"
     int8_attention: bool = False
+    is_complete: bool = True
+
+
+class Incomplete(Exception):
+    """There are no prepared weights after all, and so files are needed that are not there."""
 
 
 def read_component(
@@ -55,7 +61,12 @@ def read_component(
 
     whole: with the layers that serve from disk, too; away: units that are on the host, not on the
     device.
+
+    Raises:
+        Incomplete: its checkpoint is not there.
     """
+    if not recipe.is_complete:
+        raise Incomplete
     folder = recipe.folder / component.name
     module = component.empty(folder)
     storage = component.storage(precision, recipe.settings, recipe.dtype)
@@ -77,15 +88,20 @@ def read_component(
     return module
 
 
-def as_served(recipe: Recipe, component: Component, module: Any) -> nn.Module:
-    """`module`, as its checkpoint has it, in the form that serves."""
+def as_served(
+    recipe: Recipe, component: Component, module: Any, layers: Read | None = None
+) -> nn.Module:
+    """`module`, as its checkpoint has it, in the form that serves.
+
+    layers: reads the transformer's modulation; None: it is read from the checkpoint.
+    """
     if component is components.TRANSFORMER:
-        module = _served(recipe, module)
+        module = _served(recipe, module, layers or modulation_layers(recipe))
     served: nn.Module = module.eval()
     return served
 
 
-def _served(recipe: Recipe, source: Any) -> Transformer:
+def _served(recipe: Recipe, source: Any, layers: Read) -> Transformer:
     cache = keep_kernels(recipe.settings) if recipe.device.type == "cuda" else None
     attention = None
     if recipe.int8_attention:
@@ -101,7 +117,7 @@ def _served(recipe: Recipe, source: Any) -> Transformer:
         recipe.dtype,
         round_to=ROUND_TO[recipe.compute],
         attention=attention,
-        read=modulation_layers(recipe),
+        read=layers,
     )
 
 

@@ -7,7 +7,7 @@ Layers that are needed now and then only stay in their files: `Layers` reads the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,13 +162,10 @@ def _place(
     module.set_submodule(path, layer)
 
 
-def stored_bytes(
-    files: list[Path],
-    storage: Storage,
-    rename: Rename = lambda name: name,
-    cut: Cut | None = None,
-) -> dict[str, int]:
-    """What `load` will keep of each tensor, in bytes, from the files' headers alone.
+def shapes(
+    files: list[Path], rename: Rename = lambda name: name, cut: Cut | None = None
+) -> dict[str, torch.Size]:
+    """Of what `load` will take from files, by the module's names, from the files' headers alone.
 
     Raises:
         ModelMismatch: a file is cut off or no safetensors file.
@@ -181,13 +178,27 @@ def stored_bytes(
                 continue
             if cut is not None:
                 shape = cut(torch.empty(shape, device="meta")).shape
-            path, _, leaf = target.rpartition(".")
-            if storage.on_disk(path):
-                continue
-            if storage.format and leaf == "weight" and len(shape) == 2 and storage.stores(path):
-                found[target] = storage.format.size(*shape)
-            else:
-                found[target] = storage.dtype.itemsize * shape.numel()
+            found[target] = shape
+    return found
+
+
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    """The same, from the module that is to be filled: without any file."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {name: parameter.shape for name, parameter in parameters}
+
+
+def stored_bytes(shapes: Mapping[str, torch.Size], storage: Storage) -> dict[str, int]:
+    """What `load` will keep of each tensor, in bytes."""
+    found = {}
+    for name, shape in shapes.items():
+        path, _, leaf = name.rpartition(".")
+        if storage.on_disk(path):
+            continue
+        if storage.format and leaf == "weight" and len(shape) == 2 and storage.stores(path):
+            found[name] = storage.format.size(*shape)
+        else:
+            found[name] = storage.dtype.itemsize * shape.numel()
     return found
 
 
