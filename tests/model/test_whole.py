@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import weakref
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from image_worker.errors import CardLost, ModelUnavailable
-from image_worker.model import components, files, prepared, weights
+from image_worker.model import components, files, layers, prepared, weights
 from image_worker.model.formats import FORMATS
 from image_worker.model.prepared import MANIFEST
 from image_worker.settings import Settings
@@ -268,3 +269,16 @@ def test_sizes_are_the_same_with_and_without_files(quantised: str, dtype: Any) -
     )
     assert found == made and set(found) == set(FORMATS)
     assert all(size.rest and all(map(sum, size.blocks.values())) for size in found.values())
+
+
+def test_a_disk_that_does_not_answer_costs_no_folder(tmp_path: Path, monkeypatch: Any) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    put_all(tmp_path)
+    worker = start(tmp_path, keep_prepared="whole")
+    worker.close()
+    monkeypatch.setattr(layers, "read_into", fails)
+    with pytest.raises(CardLost, match="try again on another worker"):
+        worker.model.transformer.modulation.read(LAYER)
+    assert (whole_of(tmp_path) / FILE).is_file()

@@ -5,6 +5,7 @@ A worker that has them needs neither the checkpoint nor the LoRAs, which are mer
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import threading
@@ -83,8 +84,8 @@ class PreparedLayers:
         """Weight (out, in) and bias (out) of the layer of that name, on the host.
 
         Raises:
-            CardLost: its file is damaged or missing, so that not every job can run here any more.
-                The next start makes the folder again.
+            CardLost: its file is damaged, missing or cannot be read, so that not every job can run
+                here any more. The next start makes a damaged folder again.
         """
         try:
             tensors = _read(self._prepared, _file(name))
@@ -94,9 +95,10 @@ class PreparedLayers:
                 if self._damaged is None:  # after the first, all others are missing
                     self._damaged = _file(name)
                     log.critical("%s: this worker ends: %s", self._damaged, error)
-                    self._discard()
+                    if _is_damage(error):
+                        self._discard()
             raise CardLost(
-                f"{self._damaged} of the worker's weights is damaged; try again on another worker"
+                f"{self._damaged} of the worker's weights is lost; try again on another worker"
             ) from error
 
     def _discard(self) -> None:
@@ -107,6 +109,11 @@ class PreparedLayers:
         except ModelMismatch as error:
             log.warning("%s", error)
         prepared.discard(self._prepared.folder)
+
+
+def _is_damage(error: ModelMismatch) -> bool:
+    """Rather than a disk that does not answer, which may be a network's."""
+    return getattr(error.__cause__, "errno", None) in (None, errno.ENOENT)
 
 
 def _file(name: str) -> str:
