@@ -33,15 +33,16 @@ def find_model(entry: ModelEntry, settings: Settings, *, weights: bool = True) -
     """The folder, in diffusers layout, that holds every file this worker reads.
 
     weights: otherwise one suffices that has all but the weights. A folder that `MODEL_ID` names
-    must have them in any case.
+    must have them in any case. Those of the transformer are not needed beside a `CHECKPOINT`.
 
     Raises:
         ModelUnavailable: files are missing and may not, or cannot, be downloaded.
     """
     repo = _repo(entry, settings)
     if isinstance(repo, Path):
-        return _complete(repo, entry)
-    found = _Checkpoint(entry, repo, _revision(entry, settings), weights)
+        return _complete(repo, entry, _with_weights(settings))
+    wanted = _with_weights(settings) if weights else ()
+    found = _Model(entry, repo, _revision(entry, settings), wanted)
     place, reasons = caches.look(_caches(settings), found.name, found.in_cache, log.warning)
     return place or _download(found.name, settings, reasons, found.download)
 
@@ -50,8 +51,8 @@ def model_here(entry: ModelEntry, settings: Settings) -> Path | None:
     """The same folder, if it is on this machine."""
     repo = _repo(entry, settings)
     if isinstance(repo, Path):
-        return _complete(repo, entry)
-    found = _Checkpoint(entry, repo, _revision(entry, settings))
+        return _complete(repo, entry, _with_weights(settings))
+    found = _Model(entry, repo, _revision(entry, settings), _with_weights(settings))
     return caches.look(_caches(settings), found.name, found.in_cache, log.debug)[0]
 
 
@@ -142,13 +143,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
-    """A model on the hub. weights: all that is read of it is wanted; otherwise all but these."""
+class _Model:
+    """On the hub. weights: the components whose weights are wanted; small files are, of all."""
 
     entry: ModelEntry
     repo: str
     revision: str
-    weights: bool = True
+    weights: Sequence[str]
 
     @property
     def name(self) -> str:
@@ -175,14 +176,14 @@ class _Checkpoint:
         ]
         if missing:
             raise ModelUnavailable(f"the model folder is incomplete: {', '.join(missing)} missing")
-        return _complete(folder, self.entry, weights=self.weights)
+        return _complete(folder, self.entry, self.weights)
 
     def download(self, settings: Settings) -> Path:
         snapshot = Snapshot(self.repo, self.revision, settings.model_dir, settings.download_timeout)
         paths = selection.needed(snapshot.paths, self._patterns)
         found = snapshot.fetch(path for path in paths if path.endswith(selection.INDEX))
         folder = snapshot.fetch(self._wanted(snapshot.paths, found))
-        return _complete(folder, self.entry, weights=self.weights)
+        return _complete(folder, self.entry, self.weights)
 
     @property
     def _patterns(self) -> list[str]:
@@ -192,7 +193,11 @@ class _Checkpoint:
         """Of the repo's files; its indices are in `folder`."""
         found = selection.needed(paths, self._patterns)
         found = selection.without_other_weights(found, _indices(folder, found))
-        return [path for path in found if self.weights or not path.endswith(selection.WEIGHTS)]
+        return [
+            path
+            for path in found
+            if not path.endswith(selection.WEIGHTS) or path.partition("/")[0] in self.weights
+        ]
 
 
 def _repo(entry: ModelEntry, settings: Settings) -> str | Path:
@@ -248,12 +253,17 @@ def _caches(settings: Settings) -> Iterator[Path]:
             yield cache
 
 
+def _with_weights(settings: Settings) -> tuple[str, ...]:
+    """Components whose weights are the model's own."""
+    return tuple(name for name in COMPONENTS if not (settings.checkpoint and name == "transformer"))
+
+
 def _folders(entry: ModelEntry) -> tuple[str, ...]:
     reads_pictures = ("processor",) if entry.max_images else ()
     return (*COMPONENTS, "tokenizer", "scheduler", *reads_pictures)
 
 
-def _complete(folder: Path, entry: ModelEntry, *, weights: bool = True) -> Path:
+def _complete(folder: Path, entry: ModelEntry, weights: Sequence[str]) -> Path:
     for name in _folders(entry):
         if not (folder / name).is_dir():
             raise ModelUnavailable(f"the model folder has no {name}/; it needs diffusers' layout")
@@ -266,7 +276,6 @@ def _complete(folder: Path, entry: ModelEntry, *, weights: bool = True) -> Path:
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise ModelUnavailable(f"the model folder is incomplete: {', '.join(missing)} missing")
-    if weights:
-        for name in COMPONENTS:
-            weight_files(folder / name)
+    for name in weights:
+        weight_files(folder / name)
     return folder

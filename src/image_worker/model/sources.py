@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from image_worker import checkpoints
 from image_worker.catalog import HubFile, ModelEntry
 from image_worker.errors import InvalidSettings
-from image_worker.model import files
+from image_worker.model import files, from_url
 from image_worker.settings import Settings
 
 _IN_CACHE = re.compile(
@@ -27,12 +28,13 @@ class Sources:
     """A model's folder, in diffusers' layout, and the LoRA files to merge into it.
 
     is_complete: all files are there. Otherwise the folder has those that are small, and a LoRA's
-    path is where it would be.
+    path is where it would be. checkpoint: a file that the transformer's weights are in instead.
     """
 
     folder: Path
     loras: tuple[Path, ...]
     is_complete: bool = True
+    checkpoint: Path | None = None
 
 
 Find = Callable[[ModelEntry, Settings, Sequence[Path]], Sources]
@@ -46,7 +48,8 @@ def find_all(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> Sou
     """
     folder = files.find_model(entry, settings)
     loras = [files.find_adapter(lora, settings) for lora in loras_of(entry, settings)]
-    return Sources(folder, (*loras, *more))
+    checkpoint = from_url.find_checkpoint(settings) if settings.checkpoint else None
+    return Sources(folder, (*loras, *more), checkpoint=checkpoint)
 
 
 def find_least(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> Sources:
@@ -73,7 +76,7 @@ def loras_of(entry: ModelEntry, settings: Settings) -> list[HubFile]:
     Raises:
         InvalidSettings: the model has none for that number of steps.
     """
-    if not settings.use_lightning_lora:
+    if not settings.use_lightning_lora or checkpoints.lightning_of(settings):
         return []
     file = entry.lightning.get(settings.lightning_steps)
     if file is None:
@@ -84,18 +87,24 @@ def loras_of(entry: ModelEntry, settings: Settings) -> list[HubFile]:
     return [file]
 
 
-def facts_of_model(folder: Path) -> list[list[Any]]:
+def facts_of_model(folder: Path, checkpoint: Path | None) -> list[list[Any]]:
     """What tells a model's weights from others, without reading them.
 
-    Those of a Hugging Face cache need not be there.
+    Those of a Hugging Face cache need not be there. checkpoint: as of `Sources`.
 
     Raises:
         ModelUnavailable: those of another folder are incomplete.
     """
+    instead = [checkpoint] if checkpoint else []
     if _IN_CACHE.search(folder.as_posix()):
-        return facts_of_files([folder])
-    shards = [path for name in files.COMPONENTS for path in files.weight_files(folder / name)]
-    return facts_of_files(shards)
+        return facts_of_files([folder, *instead])
+    shards = [
+        path
+        for name in files.COMPONENTS
+        if not (checkpoint and name == "transformer")
+        for path in files.weight_files(folder / name)
+    ]
+    return facts_of_files([*shards, *instead])
 
 
 def facts_of_files(paths: Sequence[Path]) -> list[list[Any]]:

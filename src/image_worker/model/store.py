@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from image_worker.errors import ModelMismatch, ModelUnavailable
-from image_worker.model import components, files, layers, prepared, sources, weights
+from image_worker.model import components, files, layers, prepared, sources
 from image_worker.model.components import Component
 from image_worker.model.layers import PreparedLayers
 from image_worker.model.loader import Reading
@@ -21,7 +21,7 @@ from image_worker.model.memory import release
 from image_worker.model.packed import Slot
 from image_worker.model.placement import Plan
 from image_worker.model.prepared import Prepared, Unit
-from image_worker.model.recipe import Recipe, as_served
+from image_worker.model.recipe import Recipe, as_served, empty_component
 from image_worker.model.stream import blocks_of
 from image_worker.model.transformer import Transformer
 from image_worker.settings import Settings
@@ -40,8 +40,9 @@ def is_wanted(settings: Settings, device: torch.device) -> bool:
 
 def may_do_without(settings: Settings, device: torch.device) -> bool:
     """Whether there are prepared weights, of whatever key, that need no checkpoint."""
-    found = _home(settings).glob(f"*{_WHOLE}/{prepared.MANIFEST}")
-    return is_wanted(settings, device) and any(found)
+    if settings.checkpoint or not is_wanted(settings, device):
+        return False
+    return any(_home(settings).glob(f"*{_WHOLE}/{prepared.MANIFEST}"))
 
 
 def _home(settings: Settings) -> Path:
@@ -93,8 +94,7 @@ class Store:
         if self._reading is None or self._found is None:
             return None
         recipe = self._recipe
-        module = component.empty(recipe.folder / component.name)
-        weights.empty(module, component.storage(self._precision, recipe.settings, recipe.dtype))
+        module = empty_component(recipe, component, self._precision)
         modulation = self._layers
         module = as_served(recipe, component, module, modulation)
         try:
@@ -202,11 +202,11 @@ class Store:
 
     def _made_of(self) -> dict[str, Any]:
         recipe = self._recipe
-        settings, folder = recipe.settings, recipe.folder
+        settings, folder, single = recipe.settings, recipe.folder, recipe.checkpoint
         return {
             "model": recipe.entry.name,
             "precision": self._precision,
-            "files": sources.facts_of_model(folder),
+            "files": sources.facts_of_model(folder, single.path if single else None),
             "loras": sources.facts_of_files(recipe.loras),
             "quantised": settings.quantize_components,
             "numbers": str(recipe.dtype),

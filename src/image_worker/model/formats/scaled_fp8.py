@@ -41,7 +41,7 @@ class ScaledFp8:
         """
         self._file = file
         self._names = without_prefix(file)
-        self.lightning_steps: int | None = None
+        self.path = file.path
         self.config = expected
         with torch.device("meta"):
             skeleton = Skeleton(expected)
