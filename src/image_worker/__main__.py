@@ -17,12 +17,23 @@ def main() -> int:
     commands = parser.add_subparsers(required=True)
     edit.add_to(commands)
     doctor.add_to(commands)
-    command = commands.add_parser(
-        "prepare", help="download the model and write its weights as they serve"
+    about = "download the model and write its weights as they serve"
+    command = commands.add_parser("prepare", help=about, description=about)
+    command.add_argument(
+        "--whole",
+        action="store_true",
+        help="write all that later starts need, so that they do without the model's checkpoint",
+    )
+    command.add_argument(
+        "--drop-checkpoint",
+        action="store_true",
+        help="with --whole: then remove the checkpoint and the merged LoRAs from MODEL_DIR",
     )
     command.set_defaults(run=_prepare)
     clean.add_to(commands)
     given, rest = parser.parse_known_args()
+    if given.run is _prepare and given.drop_checkpoint and not given.whole:
+        command.error("--drop-checkpoint takes --whole")
     if rest and (given.run is not edit.run or any(one.startswith("-") for one in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # of what stands on both sides of options, argparse takes the first part only
@@ -31,10 +42,10 @@ def main() -> int:
     return status
 
 
-def _prepare(options: argparse.Namespace) -> int:  # noqa: ARG001
+def _prepare(given: argparse.Namespace) -> int:
     from image_worker.serve.prepare import prepare
 
-    return prepare()
+    return prepare(whole=given.whole, drop=given.drop_checkpoint)
 
 
 if __name__ == "__main__":

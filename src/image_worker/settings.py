@@ -53,10 +53,23 @@ class Settings(BaseSettings):
         default_factory=_default_model_dir,
         description="where downloaded weights and compiled kernels are kept",
     )
-    keep_prepared: Literal["auto", "1", "0"] = Field(
+    checkpoint: str | None = Field(
+        None,
+        description="a file with another transformer, in FP8, SVDQuant int4, GGUF or 16 bits: a "
+        "path, an https URL, or owner/name:file@revision on the hub",
+    )
+    checkpoint_lightning: Annotated[Literal["auto", 0, 4, 8], BeforeValidator(_number_in_text)] = (
+        Field(
+            "auto",
+            description="steps of the Lightning LoRA that is merged in CHECKPOINT, 0 for none; "
+            "auto knows published files",
+        )
+    )
+    keep_prepared: Literal["auto", "1", "0", "whole"] = Field(
         "auto",
         description="write weights as they are served to MODEL_DIR/prepared, from where the next "
-        "start reads them; auto does where there is a card",
+        "start reads them; auto does where there is a card; whole: all that a start needs, so that "
+        "the checkpoint and the LoRAs need not be there any more",
     )
     local_only: bool = Field(False, description="never download")
     download_timeout: int = Field(
@@ -184,6 +197,13 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     def _refuse_contradictions(self) -> None:
+        if self.checkpoint is None and self.checkpoint_lightning != "auto":
+            raise InvalidSettings("CHECKPOINT_LIGHTNING has no meaning without CHECKPOINT; drop it")
+        if self.checkpoint is not None and self.keep_prepared == "whole":
+            raise InvalidSettings(
+                "KEEP_PREPARED=whole has no meaning with CHECKPOINT, of which each start reads the "
+                "layers that it would keep; set it to 1"
+            )
         self._refuse_half_a_bucket()
         if self.quantize_components == "text" and self.precision_mode == "bf16":
             raise InvalidSettings(

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from image_worker.catalog import ModelEntry, choose
+from image_worker.checkpoints import model_of
 from image_worker.edit import conditions, sizes
 from image_worker.edit.conditions import Reference
 from image_worker.edit.decode import decode
@@ -63,7 +64,7 @@ class Worker:
         """
         Storage.from_settings(settings)  # a wrong one is found before any job
         hardware = detect_hardware(settings)
-        entry = choose(settings.model, has_card=hardware.free is not None)
+        entry = choose(model_of(settings), has_card=hardware.free is not None)
         if settings.model == "auto":
             log.info("MODEL=auto: serving %s on %s", entry.name, hardware.name)
         if hardware.free is None and (settings.gpu_max_gib or settings.cpu_offload == "stream"):
@@ -182,7 +183,7 @@ class Worker:
             "height": height,
             "output_format": request.output_format,
             "model": self.entry.name,
-            "precision": self.model.plan.precision,
+            "precision": self.model.weights,
             "batch_size": round(made.together, 2),
             "warnings": self._warnings(request),
         }

@@ -13,7 +13,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import close_session, constants
 from huggingface_hub.utils.sha import git_hash
+
+from image_worker.model import retrying
 
 REPO = "someone/something"
 LIST = "the list of files"
@@ -137,6 +141,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
+
+
+@contextmanager
+def only(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Serves the hub, as the only one that huggingface_hub knows."""
+    with serving(hub):
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+        monkeypatch.setattr(retrying, "FIRST_WAIT", 0.01)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        close_session()  # it remembers proxies
+        yield hub
+        close_session()
 
 
 @contextmanager

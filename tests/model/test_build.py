@@ -16,14 +16,9 @@ from image_worker.catalog import LIGHTNING_SAMPLER
 from image_worker.errors import DoesNotFit, InvalidSettings, ModelMismatch
 from image_worker.model import build as build_module
 from image_worker.model import recipe as recipe_module
-from image_worker.model.build import (
-    _attends_in_int8,
-    _compute,
-    _compute_dtype,
-    build,
-)
+from image_worker.model.build import build
 from image_worker.model.hardware import GIB, Hardware
-from image_worker.model.placement import Plan
+from image_worker.model.numbers import attends_in_int8, choose_dtype, choose_products
 from image_worker.model.recipe import keep_kernels
 from image_worker.settings import Settings
 from tests.conftest import MINI, MINI_FOLDER, build_mini, mini_model
@@ -65,7 +60,7 @@ def test_the_type_to_compute_in(
     caplog: Any,
 ) -> None:
     hardware = Hardware("an old card", free, has_bf16)
-    assert _compute_dtype(Settings.from_env(env), hardware) == dtype
+    assert choose_dtype(Settings.from_env(env), hardware) == dtype
     assert ("an old card has no bfloat16" in caplog.text) is warns
 
 
@@ -125,11 +120,11 @@ CPU = Hardware("CPU")
 )
 def test_where_attention_is_in_int8(attention: str, hardware: Hardware, expected: bool) -> None:
     settings = Settings.from_env({"ATTENTION": attention})
-    assert _attends_in_int8(settings, hardware, torch.bfloat16) == expected
+    assert attends_in_int8(settings, hardware, torch.bfloat16) == expected
 
 
 def test_attention_is_not_in_int8_where_the_model_computes_in_float16() -> None:
-    assert not _attends_in_int8(Settings.from_env({}), HOPPER, torch.float16)
+    assert not attends_in_int8(Settings.from_env({}), HOPPER, torch.float16)
 
 
 def test_the_log_says_what_is_computed_in_what(caplog: pytest.LogCaptureFixture) -> None:
@@ -144,7 +139,7 @@ def test_the_log_says_what_is_computed_in_what(caplog: pytest.LogCaptureFixture)
 def test_attention_in_int8_that_cannot_run_is_refused(monkeypatch: Any) -> None:
     settings = Settings.from_env({"ATTENTION": "int8"})
     with pytest.raises(InvalidSettings, match=r"ATTENTION=int8 is impossible with .* on L40S"):
-        _attends_in_int8(settings, ADA, torch.bfloat16)
+        attends_in_int8(settings, ADA, torch.bfloat16)
 
     def fail(*_: Any) -> None:
         raise ImportError("No module named 'cuda'")
@@ -172,8 +167,8 @@ def test_attention_in_int8_that_cannot_run_is_refused(monkeypatch: Any) -> None:
 def test_what_products_are_in(
     env: dict[str, str], hardware: Hardware, precision: Any, expected: str
 ) -> None:
-    plan = Plan(precision)
-    assert _compute(Settings.from_env(env), plan, hardware, torch.bfloat16) == expected
+    settings = Settings.from_env(env)
+    assert choose_products(settings, precision, hardware, torch.bfloat16) == expected
 
 
 @pytest.mark.parametrize(
@@ -188,10 +183,9 @@ def test_what_products_are_in(
 def test_products_that_cannot_be_are_refused(
     compute: str, hardware: Hardware, precision: Any, takes: str
 ) -> None:
-    plan = Plan(precision)
     settings = Settings.from_env({"COMPUTE": compute})
     with pytest.raises(InvalidSettings, match=f"COMPUTE={compute} is impossible.*{takes}"):
-        _compute(settings, plan, hardware, torch.bfloat16)
+        choose_products(settings, precision, hardware, torch.bfloat16)
 
 
 def test_compiled_kernels_are_kept_beside_the_weights(tmp_path: Path, monkeypatch: Any) -> None:

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import close_session, constants, snapshot_download
+from huggingface_hub import constants, snapshot_download
 
 from image_worker.catalog import CATALOG, HubFile
 from image_worker.errors import ModelUnavailable
-from image_worker.model import download, files, retrying
+from image_worker.model import download, files
 from image_worker.model.download import Snapshot
 from image_worker.model.listing import ListedFile
 from image_worker.settings import Settings
 from tests.conftest import MINI_FOLDER
-from tests.model.fake_hub import COMMIT, LIST, REPO, Fault, Hub, serving
+from tests.model.fake_hub import COMMIT, LIST, REPO, Fault, Hub, only
 
 KILLS = 50
 WEIGHTS = "transformer/model.safetensors"
@@ -44,16 +44,8 @@ SMALL = {
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving(Hub(dict(SMALL))) as hub:
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-        monkeypatch.setattr(retrying, "FIRST_WAIT", 0.01)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        close_session()  # it remembers proxies
+    with only(Hub(dict(SMALL)), monkeypatch) as hub:
         yield hub
-        close_session()
 
 
 def fetch(cache: Path, timeout: float = 20, revision: str = COMMIT) -> Path:

@@ -11,6 +11,7 @@ import pytest
 
 from image_worker.settings import Settings
 from image_worker.worker import Worker
+from tests.model.cached_model import COMMIT, REPO, drop_weights, put_all
 
 TEXT = """
 import sys
@@ -78,4 +79,21 @@ def test_a_start_from_prepared_weights_and_a_job_need_no_slow_imports(
         "ATTENTION": "int8",
     }
     Worker.from_settings(Settings.from_env(variables)).close()
+    run(WHOLE, **variables)
+
+
+def test_nor_does_one_without_a_checkpoint(tmp_path: Path) -> None:
+    put_all(tmp_path)
+    variables = {
+        "MODEL": "mini",
+        "MODEL_ID": REPO,
+        "MODEL_REVISION": COMMIT,
+        "MODEL_DIR": str(tmp_path),
+        "KEEP_PREPARED": "whole",
+        "PRECISION_MODE": "4bit",
+        "COMPUTE": "fp8",
+        "ATTENTION": "int8",
+    }
+    Worker.from_settings(Settings.from_env(variables)).close()
+    drop_weights(tmp_path)
     run(WHOLE, **variables)

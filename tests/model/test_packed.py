@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +98,46 @@ def test_others_files_are_read(tmp_path: Path) -> None:
 def test_what_is_no_such_file_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
+    with pytest.raises(ModelMismatch, match=r"x\.safetensors is no safetensors file"):
+        TensorFile.open(path)
+
+
+def entry(start: int, end: int, shape: list[int] | None = None) -> dict[str, Any]:
+    return {"dtype": "U8", "shape": shape or [end - start], "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"a": entry(0, 8), "b": entry(4, 12)},  # one over the other
+        {"a": entry(0, 8), "b": entry(0, 8)},
+        {"a": entry(0, 8), "b": entry(9, 12)},  # a gap
+        {"a": entry(-8, 0, [8])},
+        {"a": entry(0, 12, [-3, -4])},
+        {"a": entry(0, 12, [3, 5])},
+        {"a": entry(0, 12, [10**12, 10**12])},
+        {"a": entry(0, 12) | {"dtype": "F7"}},
+        {"a": entry(0, 12) | {"shape": 12}},
+        {"a": entry(0, 12) | {"shape": [12.0]}},
+        {"a": []},
+    ],
+)
+def test_tensors_that_cannot_be_are_refused(entries: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    head = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + bytes(12))
+    with pytest.raises(ModelMismatch, match=r"x\.safetensors is no safetensors file"):
+        TensorFile.open(path)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b'{"a": 1, "a": 2}', b"[" * 100_000, b'{"__metadata__": 3}', b" " * (2**24 + 1)],
+    ids=["twins", "deep", "metadata", "long"],
+)
+def test_headers_that_cannot_be_are_refused(head: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(head)) + head + bytes(12))
     with pytest.raises(ModelMismatch, match=r"x\.safetensors is no safetensors file"):
         TensorFile.open(path)
 

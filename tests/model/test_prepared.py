@@ -326,21 +326,6 @@ def test_a_manifest_that_says_too_little_is_damage(tmp_path: Path, caplog: Any) 
     assert "vae/rest.safetensors is not what was written" in caplog.text
 
 
-def test_only_a_cache_is_taken_for_one(tmp_path: Path) -> None:
-    commit = "0123456789" * 4
-    own = tmp_path / "snapshots" / "mine" / "a.safetensors"
-    cached = tmp_path / "hub" / "models--a--b" / "snapshots" / commit / "vae" / "a.safetensors"
-    for path in (own, cached):
-        path.parent.mkdir(parents=True)
-        path.write_bytes(b"x")
-    before = [prepared.facts_of_files([path]) for path in (own, cached)]
-    for path in (own, cached):
-        os.utime(path, (1, 1))
-    after = [prepared.facts_of_files([path]) for path in (own, cached)]
-    assert before[0] != after[0] and before[1] == after[1]
-    assert after[1] == [["a--b", commit, "a.safetensors", 1]]
-
-
 def test_what_was_written_meanwhile_is_not_written_again(tmp_path: Path, monkeypatch: Any) -> None:
     write = writing(tmp_path, monkeypatch)
     write()

@@ -9,9 +9,9 @@ longer than the reading.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,31 +19,41 @@ from typing import Any
 import torch
 from torch import nn
 
+from image_worker import checkpoints
 from image_worker.catalog import LIGHTNING_SAMPLER, ModelEntry, Sampler
-from image_worker.compute import LEAST, POSSIBLE, Compute, automatic, possible
 from image_worker.errors import DoesNotFit, InvalidSettings, OutOfMemory
-from image_worker.model import components, files, libraries
+from image_worker.model import components, files, from_checkpoint, libraries, numbers, sources
+from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.cold_start import ColdStart
 from image_worker.model.components import Component
+from image_worker.model.configs import TransformerConfig
 from image_worker.model.hardware import Hardware
+from image_worker.model.memory import release
+from image_worker.model.opening import Plain, in_own_format, open_checkpoint
+from image_worker.model.packed import HOST, move
 from image_worker.model.placement import Plan, plan
-from image_worker.model.recipe import Recipe, as_served, read_component
+from image_worker.model.recipe import Incomplete, Recipe, as_served, read_component
 from image_worker.model.remembered import Remembered
-from image_worker.model.store import Store
+from image_worker.model.sources import Find, Sources
+from image_worker.model.store import Store, may_do_without
 from image_worker.model.stream import Held, blocks_of
 from image_worker.model.text_config import Patching, read_patching
 from image_worker.model.tokenizer import TextTokenizer
-from image_worker.settings import Settings
+from image_worker.settings import Precision, Settings
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Model:
-    """Everything that an edit needs, loaded and placed; and what it encoded for earlier ones."""
+    """Everything that an edit needs, loaded and placed; and what it encoded for earlier ones.
+
+    weights: what the transformer's are stored as.
+    """
 
     entry: ModelEntry
     plan: Plan
+    weights: str
     device: torch.device
     dtype: torch.dtype
     lightning_steps: int | None
@@ -94,18 +104,47 @@ def build(
             is too small. Nothing is replaced by something lesser.
     """
     cold_start = ColdStart()
-    with cold_start.step("find files"):
-        folder = files.find_model(entry, settings)
-        merged = (*_lightning(settings, entry), *loras)
-    dtype = dtype or _compute_dtype(settings, hardware)
-    shape = components.shape(entry, components.read_configs(folder))
-    sizes = components.sizes(folder, settings, dtype)
+    dtype = dtype or numbers.choose_dtype(settings, hardware)
+
+    def build_from(find: Find) -> Model:
+        with cold_start.step("find files"):
+            found = find(entry, settings, loras)
+        return _build(settings, entry, hardware, dtype, found, cold_start, first_edit)
+
+    if not may_do_without(settings, hardware.device):
+        return build_from(sources.find_all)
+    with suppress(Incomplete):
+        return build_from(sources.find_least)
+    release()
+    return build_from(sources.find_all)
+
+
+def _build(
+    settings: Settings,
+    entry: ModelEntry,
+    hardware: Hardware,
+    dtype: torch.dtype,
+    found: Sources,
+    cold_start: ColdStart,
+    first_edit: Callable[[Model], None] | None,
+) -> Model:
+    """Plans, and starts as planned."""
+    configs = components.read_configs(found.folder)
+    shape = components.shape(entry, configs)
+    checkpoint = _open(found, configs)
+    sizes = components.sizes(
+        found.folder, settings, dtype, has_weights=found.is_complete, checkpoint=checkpoint
+    )
     decided = plan(settings, sizes, shape, hardware)
     log.info("plan: %s on %s: %s", entry.name, hardware.name, decided.describe())
-    compute = _compute(settings, decided, hardware, dtype)
-    int8_attention = _attends_in_int8(settings, hardware, dtype)
+    precision = _transformers_precision(settings, decided, checkpoint)
+    compute = numbers.choose_products(settings, precision, hardware, dtype)
+    int8 = numbers.attends_in_int8(settings, hardware, dtype)
+    folder, loras, device = found.folder, found.loras, hardware.device
     recipe = Recipe(
-        settings, entry, folder, merged, hardware.device, dtype, compute, int8_attention
+        *(settings, entry, folder, loras, device, dtype, compute, int8),
+        is_complete=found.is_complete,
+        checkpoint=checkpoint,
     )
     _tell_numbers(recipe)
 
@@ -119,10 +158,7 @@ def build(
             if settings.cpu_offload != "auto":
                 raise
             log.warning("%s does not fit after all: trying again with less of it", entry.name)
-        if hardware.free is not None:
-            torch.cuda.synchronize()  # copies may be on their way still
-        gc.collect()  # the transformer holds itself
-        torch.cuda.empty_cache()
+        release()
         least = settings.model_copy(
             update={"cpu_offload": "stream", "precision_mode": decided.precision}
         )
@@ -134,14 +170,45 @@ def build(
         ) from error
 
 
+def _open(found: Sources, configs: dict[str, Any]) -> Checkpoint | Plain | None:
+    """The file that the transformer's weights are in, if it is not the folder's."""
+    if found.checkpoint is None:
+        return None
+    expected = TransformerConfig.parse(configs["transformer"])
+    opened = open_checkpoint(found.checkpoint, expected)
+    log.info("transformer: %s, %s", found.checkpoint.name, opened.label)
+    if found.loras and in_own_format(opened):
+        raise InvalidSettings(
+            f"weights in {opened.label} cannot take {found.loras[0].name}, which is to be merged; "
+            "set CHECKPOINT_LIGHTNING=4 or 8 if the file has Lightning in it, or "
+            "USE_LIGHTNING_LORA=0 to go without"
+        )
+    return opened
+
+
+def _label(checkpoint: Checkpoint | Plain | None, decided: Plan) -> str:
+    found = in_own_format(checkpoint)
+    return found.label if found else decided.precision
+
+
+def _transformers_precision(
+    settings: Settings, decided: Plan, checkpoint: Checkpoint | Plain | None
+) -> Precision:
+    """What its products are chosen by."""
+    found = in_own_format(checkpoint)
+    if found is not None:
+        return from_checkpoint.like(found)
+    return decided.precision if settings.quantize_components == "all" else "bf16"
+
+
 def _tell_numbers(recipe: Recipe) -> None:
     """Logs what is computed in what."""
-    numbers = _name(recipe.dtype)
+    own = numbers.name_of(recipe.dtype)
     log.info(
         "numbers in %s, products in %s, attention in %s",
-        numbers,
-        numbers if recipe.compute == "bf16" else recipe.compute,
-        "int8" if recipe.int8_attention else numbers,
+        own,
+        own if recipe.compute == "bf16" else recipe.compute,
+        "int8" if recipe.int8_attention else own,
     )
 
 
@@ -170,7 +237,9 @@ def _start(
 
 def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) -> Model:
     entry, folder, settings = recipe.entry, recipe.folder, recipe.settings
-    lightning = settings.use_lightning_lora
+    lightning = checkpoints.lightning_of(settings) or (
+        settings.lightning_steps if settings.use_lightning_lora else None
+    )
 
     def load(component: Component) -> nn.Module:
         with cold_start.step(f"load {component.name}"):
@@ -184,9 +253,10 @@ def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) ->
     return Model(
         entry=entry,
         plan=decided,
+        weights=_label(recipe.checkpoint, decided),
         device=recipe.device,
         dtype=recipe.dtype,
-        lightning_steps=settings.lightning_steps if lightning else None,
+        lightning_steps=lightning,
         sampler=LIGHTNING_SAMPLER if lightning else Sampler.from_config(scheduler),
         tokenizer=TextTokenizer(folder / "tokenizer"),
         # A model that takes no pictures has no such file, and never asks.
@@ -201,6 +271,9 @@ def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) ->
 
 def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.Module:
     """From the checkpoint. What shall pass through the card is made there, one by one.
+
+    What stays is put together unit by unit, as prepared weights are: tensors lie where there was
+    room between intermediate results, and such gaps were 3 GiB of 40.
 
     Raises:
         DoesNotFit: the host's memory would have to hold it, and cannot.
@@ -219,71 +292,8 @@ def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.M
         if name in decided.streamed:
             held[name] = Held.of(slots, recipe.device)
             held[name].settle()  # so that what they held before is free
+        elif not name.endswith(f"/{HOST}"):
+            move(slots, recipe.device)
+    torch.cuda.empty_cache()
     component.stream(module, held, recipe.device)
     return module
-
-
-def _lightning(settings: Settings, entry: ModelEntry) -> list[Path]:
-    if not settings.use_lightning_lora:
-        return []
-    file = entry.lightning.get(settings.lightning_steps)
-    if file is None:
-        raise InvalidSettings(
-            f"{entry.name} has no Lightning LoRA for {settings.lightning_steps} steps; "
-            "set USE_LIGHTNING_LORA=0 to go without"
-        )
-    return [files.find_adapter(file, settings)]
-
-
-def _compute(settings: Settings, decided: Plan, hardware: Hardware, dtype: torch.dtype) -> Compute:
-    """What the transformer multiplies in.
-
-    Raises:
-        InvalidSettings: the card, or the way the weights are stored, does not allow what is asked.
-    """
-    everything = settings.quantize_components == "all"
-    precision = decided.precision if everything else "bf16"
-    bf16 = dtype == torch.bfloat16
-    if settings.compute == "auto":
-        return automatic(precision, hardware.capability, bf16=bf16)
-    if settings.compute not in possible(precision, hardware.capability, bf16=bf16):
-        precisions = [name for name, ways in POSSIBLE.items() if settings.compute in ways]
-        needed = [f"PRECISION_MODE={' or '.join(precisions)}"]
-        if settings.compute == "fp8":
-            needed.append("BNB_COMPUTE=bf16")
-        if hardware.capability is not None:
-            least = ".".join(map(str, LEAST[settings.compute]))
-            needed.append(f"a card of compute capability {least} or later")
-        raise InvalidSettings(
-            f"COMPUTE={settings.compute} is impossible with {precision} weights and numbers in "
-            f"{_name(dtype)} on {hardware.name}: it takes {', '.join(needed)}"
-        )
-    return settings.compute
-
-
-def _attends_in_int8(settings: Settings, hardware: Hardware, dtype: torch.dtype) -> bool:
-    """Of cards, Hopper alone can; a CPU can, slowly, so that pictures can be judged without one."""
-    is_hopper = hardware.capability == (9, 0)
-    runs = hardware.free is None or (is_hopper and dtype == torch.bfloat16)
-    if settings.attention == "int8" and not runs:
-        raise InvalidSettings(
-            f"ATTENTION=int8 is impossible with numbers in {_name(dtype)} on {hardware.name}: it "
-            "takes bfloat16 and a Hopper card (compute capability 9.0), such as H100 or H200"
-        )
-    return settings.attention == "int8" or (settings.attention == "auto" and is_hopper and runs)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _compute_dtype(settings: Settings, hardware: Hardware) -> torch.dtype:
-    if settings.bnb_compute == "fp16":
-        return torch.float16
-    if hardware.has_bf16:
-        return torch.bfloat16
-    if hardware.free is None:
-        log.info("this CPU has no bfloat16: computing in float32")
-        return torch.float32
-    log.warning("%s has no bfloat16: computing in float16", hardware.name)
-    return torch.float16

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from image_worker.model.configs import TransformerConfig
-
 
 class Checkpoint(Protocol):
-    """Names are those of diffusers' `QwenImageTransformer2DModel`, whatever the file calls them.
+    """Names are those of diffusers' `QwenImageTransformer2DModel`, whatever the file calls them."""
 
-    label: its format, for people; config: of the model that it belongs to, from its metadata or its
-    shapes; lightning_steps: of the LoRA that is merged in it, None where there is none or nothing
-    says so; linears: paths of its linear layers, all of which have biases, modulation's included;
-    others: names of all other tensors.
-    """
+    @property
+    def path(self) -> Path:
+        """The file."""
 
-    label: str
-    config: TransformerConfig
-    lightning_steps: int | None
-    linears: Set[str]
-    others: Set[str]
+    @property
+    def label(self) -> str:
+        """Its format, for people."""
+
+    @property
+    def linears(self) -> Set[str]:
+        """Paths of its linear layers, all of which have biases; modulation's are among them."""
+
+    @property
+    def others(self) -> Set[str]:
+        """Names of all other tensors."""
 
     def linear(self, path: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The layer as it serves, in the file's own format, with its bias: a `CodedLinear`, an

@@ -17,9 +17,11 @@ from torch import nn
 
 from image_worker.catalog import ModelEntry
 from image_worker.errors import ModelMismatch
-from image_worker.model import files, weights
+from image_worker.model import files, from_checkpoint, weights
+from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import PATCH, VAE_SCALE, TransformerConfig, VaeConfig
 from image_worker.model.formats import FORMATS
+from image_worker.model.opening import Plain, in_own_format
 from image_worker.model.packed import HOST, Slot, slots, unit_of
 from image_worker.model.placement import Shape, Sizes
 from image_worker.model.skeleton import Skeleton
@@ -175,29 +177,39 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def sizes(
-    folder: Path, settings: Settings, dtype: torch.dtype, *, has_weights: bool = True
+    folder: Path,
+    settings: Settings,
+    dtype: torch.dtype,
+    *,
+    has_weights: bool = True,
+    checkpoint: Checkpoint | Plain | None = None,
 ) -> dict[Precision, Sizes]:
     """What the model's weights would take, in bytes, at each precision.
 
-    has_weights: the folder's files are there, and say it faster than their configurations.
+    has_weights: the folder's files are there, and say it faster than their configurations;
+    checkpoint: a file that the transformer's weights are in instead.
     """
-    shapes = {component: _shapes(folder, component, has_weights) for component in ALL}
+    shapes = {}
+    for component in ALL:
+        in_files = has_weights and not (checkpoint and component is TRANSFORMER)
+        shapes[component] = _shapes(folder, component, in_files)
+
+    def stored(component: Component, precision: Precision) -> dict[str, int]:
+        storage = component.storage(precision, settings, dtype)
+        own = in_own_format(checkpoint) if component is TRANSFORMER else None
+        if own:
+            return from_checkpoint.stored_bytes(shapes[component], own, storage)
+        return weights.stored_bytes(shapes[component], storage)
+
     return {
-        precision: _sizes(
-            {
-                component: weights.stored_bytes(
-                    found, component.storage(precision, settings, dtype)
-                )
-                for component, found in shapes.items()
-            }
-        )
+        precision: _sizes({component: stored(component, precision) for component in ALL})
         for precision in FORMATS
     }
 
 
-def _shapes(folder: Path, component: Component, has_weights: bool) -> dict[str, torch.Size]:
+def _shapes(folder: Path, component: Component, in_files: bool) -> dict[str, torch.Size]:
     here = folder / component.name
-    if has_weights:
+    if in_files:
         return weights.shapes(files.weight_files(here), component.rename, component.cut)
     return weights.shapes_of(component.empty(here))
 

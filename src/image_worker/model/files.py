@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_download
-from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from image_worker.catalog import HubFile, ModelEntry
 from image_worker.errors import InvalidSettings, ModelMismatch, ModelUnavailable
-from image_worker.model import selection
+from image_worker.model import caches, selection
 from image_worker.model.download import Snapshot
 from image_worker.settings import Settings
 
@@ -28,46 +29,39 @@ RUNPOD_CACHE = Path("/runpod-volume/huggingface-cache/hub")
 COMPONENTS = ("text_encoder", "transformer", "vae")
 
 
-def find_model(entry: ModelEntry, settings: Settings) -> Path:
+def find_model(entry: ModelEntry, settings: Settings, *, weights: bool = True) -> Path:
     """The folder, in diffusers layout, that holds every file this worker reads.
+
+    weights: otherwise one suffices that has all but the weights. A folder that `MODEL_ID` names
+    must have them in any case. Those of the transformer are not needed beside a `CHECKPOINT`.
 
     Raises:
         ModelUnavailable: files are missing and may not, or cannot, be downloaded.
     """
-    repo = settings.model_id or entry.repo
-    folder = Path(repo).expanduser()
-    if folder.is_dir():
-        if settings.model_revision:
-            raise InvalidSettings("MODEL_REVISION has no meaning for a local folder; unset it")
-        return _complete(folder, entry)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise InvalidSettings(
-            f"MODEL_ID={repo!r} is neither a folder that exists nor a repo (owner/name)"
-        )
-    if (settings.model_dir / "model_index.json").exists():
-        raise ModelUnavailable(
-            "MODEL_DIR is itself a model folder, and which model it holds is not known; "
-            "name that folder in MODEL_ID and say with MODEL which model it is"
-        )
-    revision = settings.model_revision or ("main" if settings.model_id else entry.revision)
-    patterns = [f"{folder}/*" for folder in _folders(entry)]
+    repo = _repo(entry, settings)
+    if isinstance(repo, Path):
+        return _complete(repo, entry, _with_weights(settings))
+    wanted = _with_weights(settings) if weights else ()
+    found = _Model(entry, repo, _revision(entry, settings), wanted)
+    place, reasons = caches.look(_caches(settings), found.name, found.in_cache, log.warning)
+    return place or _download(found.name, settings, reasons, found.download)
 
-    def in_cache(cache: Path) -> Path:
-        # Patterns would ask for all that match them, also for what is not needed.
-        found = snapshot_download(
-            repo, revision=revision, cache_dir=cache, allow_patterns=[], local_files_only=True
-        )
-        _check_listing(repo, revision, cache, patterns, Path(found))
-        return _complete(Path(found), entry)
 
-    def download() -> Path:
-        snapshot = Snapshot(repo, revision, settings.model_dir, settings.download_timeout)
-        paths = selection.needed(snapshot.paths, patterns)
-        found = snapshot.fetch(path for path in paths if path.endswith(selection.INDEX))
-        paths = selection.without_other_weights(paths, _indices(found, paths))
-        return _complete(snapshot.fetch(paths), entry)
+def model_here(entry: ModelEntry, settings: Settings) -> Path | None:
+    """The same folder, if it is on this machine."""
+    repo = _repo(entry, settings)
+    if isinstance(repo, Path):
+        return _complete(repo, entry, _with_weights(settings))
+    found = _Model(entry, repo, _revision(entry, settings), _with_weights(settings))
+    return caches.look(_caches(settings), found.name, found.in_cache, log.debug)[0]
 
-    return _first_place(f"{repo}@{revision}", settings, in_cache, download)
+
+def model_in_model_dir(entry: ModelEntry, settings: Settings) -> Path | None:
+    """The folder of the same model in `MODEL_DIR`'s cache, whatever is in it; None: none there."""
+    repo = _repo(entry, settings)
+    if isinstance(repo, Path):
+        return None
+    return caches.snapshot(repo, _revision(entry, settings), settings.model_dir)
 
 
 def find_adapter(file: HubFile, settings: Settings) -> Path:
@@ -88,12 +82,26 @@ def find_adapter(file: HubFile, settings: Settings) -> Path:
         )
         return Path(path)
 
-    def download() -> Path:
+    def download(settings: Settings) -> Path:
         snapshot = Snapshot(file.repo, file.revision, settings.model_dir, settings.download_timeout)
         return snapshot.fetch([file.path]) / file.path
 
     name = f"{file.repo}/{file.path}@{file.revision}"
-    return _first_place(name, settings, in_cache, download)
+    place, reasons = caches.look(_caches(settings), name, in_cache, log.warning)
+    return place or _download(name, settings, reasons, download)
+
+
+def adapter_place(file: HubFile, settings: Settings) -> Path | None:
+    """Where a cache has an adapter file, or would have it.
+
+    None: which commit's it is, nothing on this machine says; or it is not from the hub.
+    """
+    if Path(file.repo).is_dir():
+        return None
+    snapshots = [caches.snapshot(file.repo, file.revision, cache) for cache in _caches(settings)]
+    places = [folder / file.path for folder in snapshots if folder is not None]
+    there = [path for path in places if path.is_file()]
+    return next(iter([*there, *places]), None)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -134,26 +142,99 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _first_place(
-    name: str,
-    settings: Settings,
-    in_cache: Callable[[Path], Path],
-    download: Callable[[], Path],
-) -> Path:
-    """Tries the caches, then, unless `LOCAL_ONLY`, the hub."""
-    for cache in _caches(settings):
+@dataclass(frozen=True)
+class _Model:
+    """On the hub. weights: the components whose weights are wanted; small files are, of all."""
+
+    entry: ModelEntry
+    repo: str
+    revision: str
+    weights: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.repo}@{self.revision}"
+
+    def in_cache(self, cache: Path) -> Path:
+        # Patterns would ask for all that match them, also for what is not needed.
+        found = snapshot_download(
+            self.repo,
+            revision=self.revision,
+            cache_dir=cache,
+            allow_patterns=[],
+            local_files_only=True,
+        )
+        folder = Path(found)
         try:
-            return in_cache(cache)
-        except (LocalEntryNotFoundError, ModelUnavailable) as error:
-            present = [
-                path.name for path in cache.glob(f"models--*{_cache_name(name)}/snapshots/*")
-            ]
-            tell = log.warning if present else log.debug
-            tell("%s is not complete in %s (%s); revisions there: %s", name, cache, error, present)
+            listed = get_cached_repo_tree(self.repo, revision=self.revision, cache_dir=cache)
+        except CachedRepoTreeNotFoundError:
+            listed = []  # which files there are, only the hub knows
+        missing = [
+            path
+            for path in self._wanted((file.path for file in listed), folder)
+            if not (folder / path).is_file()
+        ]
+        if missing:
+            raise ModelUnavailable(f"the model folder is incomplete: {', '.join(missing)} missing")
+        return _complete(folder, self.entry, self.weights)
+
+    def download(self, settings: Settings) -> Path:
+        snapshot = Snapshot(self.repo, self.revision, settings.model_dir, settings.download_timeout)
+        paths = selection.needed(snapshot.paths, self._patterns)
+        found = snapshot.fetch(path for path in paths if path.endswith(selection.INDEX))
+        folder = snapshot.fetch(self._wanted(snapshot.paths, found))
+        return _complete(folder, self.entry, self.weights)
+
+    @property
+    def _patterns(self) -> list[str]:
+        return [f"{name}/*" for name in _folders(self.entry)]
+
+    def _wanted(self, paths: Iterable[str], folder: Path) -> list[str]:
+        """Of the repo's files; its indices are in `folder`."""
+        found = selection.needed(paths, self._patterns)
+        found = selection.without_other_weights(found, _indices(folder, found))
+        return [
+            path
+            for path in found
+            if not path.endswith(selection.WEIGHTS) or path.partition("/")[0] in self.weights
+        ]
+
+
+def _repo(entry: ModelEntry, settings: Settings) -> str | Path:
+    """The model's repo on the hub, or its folder."""
+    repo = settings.model_id or entry.repo
+    folder = Path(repo).expanduser()
+    if folder.is_dir():
+        if settings.model_revision:
+            raise InvalidSettings("MODEL_REVISION has no meaning for a local folder; unset it")
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise InvalidSettings(
+            f"MODEL_ID={repo!r} is neither a folder that exists nor a repo (owner/name)"
+        )
+    if (settings.model_dir / "model_index.json").exists():
+        raise ModelUnavailable(
+            "MODEL_DIR is itself a model folder, and which model it holds is not known; "
+            "name that folder in MODEL_ID and say with MODEL which model it is"
+        )
+    return repo
+
+
+def _revision(entry: ModelEntry, settings: Settings) -> str:
+    return settings.model_revision or ("main" if settings.model_id else entry.revision)
+
+
+def _download(
+    name: str, settings: Settings, reasons: Sequence[str], fetch: Callable[[Settings], Path]
+) -> Path:
+    """Unless `LOCAL_ONLY`, from the hub."""
     if settings.local_only:
-        raise ModelUnavailable(f"{name} is not on this machine, and LOCAL_ONLY=1 forbids downloads")
+        here = f"as a whole ({'; '.join(reasons)})" if reasons else "at all"
+        raise ModelUnavailable(
+            f"{name} is not on this machine {here}, and LOCAL_ONLY=1 forbids downloads"
+        )
     log.info("downloading %s to %s", name, settings.model_dir)
-    return download()
+    return fetch(settings)
 
 
 def _indices(folder: Path, paths: Iterable[str]) -> dict[str, list[str]]:
@@ -166,30 +247,15 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(read_json(index).get("weight_map", {}).values()))
 
 
-def _check_listing(
-    repo: str, revision: str, cache: Path, patterns: list[str], folder: Path
-) -> None:
-    """Where the cache has a list of the repo's files, all that are needed must be there."""
-    try:
-        listed = get_cached_repo_tree(repo, revision=revision, cache_dir=cache)
-    except CachedRepoTreeNotFoundError:
-        return
-    paths = selection.needed((file.path for file in listed), patterns)
-    paths = selection.without_other_weights(paths, _indices(folder, paths))
-    missing = [path for path in paths if not (folder / path).is_file()]
-    if missing:
-        raise ModelUnavailable(f"the model folder is incomplete: {', '.join(missing)} missing")
-
-
 def _caches(settings: Settings) -> Iterator[Path]:
     for cache in (RUNPOD_CACHE, settings.model_dir):
         if cache.is_dir():
             yield cache
 
 
-def _cache_name(name: str) -> str:
-    """`owner--repo` for `owner/repo/file@revision`."""
-    return "--".join(name.partition("@")[0].split("/")[:2])
+def _with_weights(settings: Settings) -> tuple[str, ...]:
+    """Components whose weights are the model's own."""
+    return tuple(name for name in COMPONENTS if not (settings.checkpoint and name == "transformer"))
 
 
 def _folders(entry: ModelEntry) -> tuple[str, ...]:
@@ -197,7 +263,7 @@ def _folders(entry: ModelEntry) -> tuple[str, ...]:
     return (*COMPONENTS, "tokenizer", "scheduler", *reads_pictures)
 
 
-def _complete(folder: Path, entry: ModelEntry) -> Path:
+def _complete(folder: Path, entry: ModelEntry, weights: Sequence[str]) -> Path:
     for name in _folders(entry):
         if not (folder / name).is_dir():
             raise ModelUnavailable(f"the model folder has no {name}/; it needs diffusers' layout")
@@ -210,6 +276,6 @@ def _complete(folder: Path, entry: ModelEntry) -> Path:
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise ModelUnavailable(f"the model folder is incomplete: {', '.join(missing)} missing")
-    for name in COMPONENTS:
+    for name in weights:
         weight_files(folder / name)
     return folder

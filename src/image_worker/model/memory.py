@@ -5,6 +5,7 @@ Too little memory is one job's error; a broken CUDA context is everyone's.
 
 from __future__ import annotations
 
+import gc
 import re
 import traceback
 from collections.abc import Callable, Iterator
@@ -92,6 +93,13 @@ def free_memory() -> int:
     free, total = torch.cuda.mem_get_info()
     allowed = int(torch.cuda.get_per_process_memory_fraction() * total)  # `GPU_MAX_GIB`
     return min(free, allowed - torch.cuda.memory_reserved())
+
+
+def release() -> None:
+    """Gives memory back that nobody refers to any more, as after a start that was given up."""
+    wait_for_card()  # copies may be on their way still
+    gc.collect()  # the transformer holds itself
+    torch.cuda.empty_cache()
 
 
 def card_memory() -> tuple[int, int]:

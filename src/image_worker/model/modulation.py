@@ -26,7 +26,11 @@ Read = Callable[[str], tuple[Tensor, Tensor]]  # a layer's weight and bias, by i
 
 
 class Modulation:
-    """Tables by timestep: those that somebody holds, and the ones used last."""
+    """Tables by timestep: those that somebody holds, and the ones used last.
+
+    layers: linear ones, by their names; dtype: what is computed in; read: gives a layer's weight
+    (out, in) and bias (out), by its name.
+    """
 
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, read: Read | None = None
@@ -36,7 +40,7 @@ class Modulation:
         read: reads them, where `model` has them without weights.
         """
         self._embedder = model.time_text_embed.timestep_embedder
-        self._device, self._dtype = device, dtype
+        self._device, self.dtype = device, dtype
         blocks = model.transformer_blocks
         self._width = model.norm_out.linear.in_features
         layers = {
@@ -44,8 +48,8 @@ class Modulation:
             for number, block in enumerate(blocks)
             for name in ("txt_mod", "img_mod")
         } | {"norm_out.linear": model.norm_out.linear}
-        self._names = tuple(layers)
-        self._read = read or (lambda name: (layers[name].weight, layers[name].bias))
+        self.layers = layers
+        self.read = read or (lambda name: (layers[name].weight, layers[name].bias))
         for block in blocks:
             del block.txt_mod, block.img_mod
         del model.norm_out
@@ -87,7 +91,7 @@ class Modulation:
         embedded = [self._embedding(embedder, level) for level in levels]
         parts: list[list[Tensor]] = [[] for _ in levels]
         for layer in self._each_layer():
-            weight, bias = (tensor.to(self._device, self._dtype) for tensor in layer)
+            weight, bias = (tensor.to(self._device, self.dtype) for tensor in layer)
             for found, vector in zip(parts, embedded, strict=True):
                 found.append(functional.linear(vector, weight, bias)[0])
         return {level: torch.cat(found) for level, found in zip(levels, parts, strict=True)}
@@ -96,8 +100,8 @@ class Modulation:
         """In order. A few are read ahead, and no more, since all of them are 13.6 GB."""
         ahead: deque[Future[tuple[Tensor, Tensor]]] = deque()
         with ThreadPoolExecutor(_READERS) as readers:
-            for name in self._names:
-                ahead.append(readers.submit(self._read, name))
+            for name in self.layers:
+                ahead.append(readers.submit(self.read, name))
                 if len(ahead) > _READERS:
                     yield ahead.popleft().result()
             while ahead:
@@ -124,5 +128,5 @@ class Modulation:
 
     def _embedding(self, embedder: Any, level: float) -> Tensor:
         """(1, width), of a timestep that is rounded as 0..1000, as in the stock pipeline."""
-        timestep = torch.tensor([1000 * level], device=self._device).to(self._dtype) / 1000
+        timestep = torch.tensor([1000 * level], device=self._device).to(self.dtype) / 1000
         return functional.silu(embed_timestep(embedder, timestep))

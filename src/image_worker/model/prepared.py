@@ -7,14 +7,14 @@ A folder appears whole or not at all: it is written under another name, and rena
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +32,24 @@ from image_worker.model.tensor_file import TensorFile
 
 log = logging.getLogger(__name__)
 
-CODE = 4  # to be raised whenever other bytes come of the same files
+CODE = 5  # to be raised whenever other bytes come of the same files
 CHUNK = 2**25  # bytes that share a checksum
 MANIFEST = "manifest.json"
-_IN_CACHE = re.compile(r"/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/")
 _LEASE_SECONDS = 60.0  # after which a writer that gave no sign of life counts as dead
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a file is to hold. pack: copies it to memory of its layout's size, to be written."""
+
+    layout: Layout
+    pack: Callable[[Tensor], None]
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot]) -> Unit:
+        """What these hold now."""
+        layout = Layout.of(slots)
+        return cls(layout, functools.partial(layout.pack, slots))
 
 
 @dataclass(frozen=True)
@@ -122,29 +135,13 @@ def key(facts: Mapping[str, Any]) -> str:
     )
 
 
-def facts_of_files(files: Iterable[Path]) -> list[list[Any]]:
-    """What tells files from others of the same names, without reading them.
-
-    Files of a Hugging Face cache are told apart by the commit in their path.
-    """
-    found: list[list[Any]] = []
-    for file in files:
-        status = file.stat()
-        in_cache = _IN_CACHE.search(file.as_posix())
-        if in_cache:
-            found.append([in_cache["repo"], in_cache["commit"], file.name, status.st_size])
-        else:
-            found.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
-    return found
-
-
 def digest(data: Any) -> str:
     """The checksum of bytes."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def write(folder: Path, units: Mapping[str, Sequence[Slot]], made_of: Mapping[str, Any]) -> bool:
-    """Writes a prepared checkpoint, unless another process is at it.
+def write(folder: Path, units: Mapping[str, Unit], made_of: Mapping[str, Any]) -> bool:
+    """Writes a prepared checkpoint, unless another process is at it; one unit at a time.
 
     units: what each file holds, by its name without ending. Returns whether it is there now.
 
@@ -163,15 +160,13 @@ def write(folder: Path, units: Mapping[str, Sequence[Slot]], made_of: Mapping[st
         _remove_leftovers(folder.parent)
         for name in units:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        layouts = {name: Layout.of(slots) for name, slots in units.items()}
-        _check_room(folder.parent, sum(layout.size for layout in layouts.values()))
+        total = sum(unit.layout.size for unit in units.values())
+        _check_room(folder.parent, total)
         files = {}
-        with _bar(layouts.values()) as bar:
-            for name, layout in layouts.items():
-                memory = torch.zeros(layout.size, dtype=torch.uint8)
-                layout.pack(units[name], memory)
-                files[f"{name}.safetensors"] = _write_file(partial, name, layout, memory, lease)
-                bar.update(layout.size)
+        with tqdm(total=total, desc="prepare", unit="B", unit_scale=True, disable=None) as bar:
+            for name, unit in units.items():
+                files[f"{name}.safetensors"] = _write_file(partial, name, unit, lease)
+                bar.update(unit.layout.size)
         manifest = {"code": CODE, "chunk": CHUNK, "made_of": made_of, "files": files}
         _write_json(partial / MANIFEST, manifest)
         for part in {partial, *(path.parent for path in partial.rglob("*"))}:
@@ -233,10 +228,11 @@ def _now(folder: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _write_file(
-    partial: Path, name: str, layout: Layout, memory: Tensor, lease: Lease
-) -> dict[str, Any]:
+def _write_file(partial: Path, name: str, unit: Unit, lease: Lease) -> dict[str, Any]:
     path = partial / f"{name}.safetensors"
+    layout = unit.layout
+    memory = torch.zeros(layout.size, dtype=torch.uint8)
+    unit.pack(memory)
     view, head = tensor_file.bytes_of(memory), tensor_file.header(layout)
     sums = [digest(head)]
     with path.open("wb") as stream:
@@ -287,8 +283,3 @@ def _remove_leftovers(folder: Path) -> None:
                 times.append(path.stat().st_mtime)
         if times and now - max(times) >= _LEASE_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _bar(layouts: Iterable[Layout]) -> Any:
-    total = sum(layout.size for layout in layouts)
-    return tqdm(total=total, desc="prepare", unit="B", unit_scale=True, disable=None)

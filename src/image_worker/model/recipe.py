@@ -15,10 +15,13 @@ from torch import nn
 from image_worker.catalog import ModelEntry
 from image_worker.compute import Compute
 from image_worker.errors import InvalidSettings
-from image_worker.model import components, files, weights
+from image_worker.model import components, files, from_checkpoint, weights
 from image_worker.model.attention import Int8
+from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.components import Component
 from image_worker.model.lora import Lora
+from image_worker.model.modulation import Read
+from image_worker.model.opening import Plain, in_own_format
 from image_worker.model.transformer import ROUND_TO, Transformer
 from image_worker.settings import Precision, Settings
 
@@ -30,7 +33,8 @@ class Recipe:
     """What is built, where from and in which type: everything but where it will lie.
 
     loras: files to merge into the transformer; compute: what it multiplies weights in few bits in;
-    int8_attention: it attends in int8.
+    int8_attention: it attends in int8; is_complete: all files are there, not just the small ones;
+    checkpoint: a file that the transformer's weights are in, instead of the folder's.
     """
 
     settings: Settings
@@ -41,6 +45,16 @@ class Recipe:
     dtype: torch.dtype
     compute: Compute = "bf16"
     int8_attention: bool = False
+    is_complete: bool = True
+    checkpoint: Checkpoint | Plain | None = None
+
+    def checkpoint_of(self, component: Component) -> Checkpoint | Plain | None:
+        """The file that this component's weights are in, if not in the folder's."""
+        return self.checkpoint if component is components.TRANSFORMER else None
+
+
+class Incomplete(Exception):
+    """There are no prepared weights after all, and so files are needed that are not there."""
 
 
 def read_component(
@@ -55,37 +69,67 @@ def read_component(
 
     whole: with the layers that serve from disk, too; away: units that are on the host, not on the
     device.
+
+    Raises:
+        Incomplete: its checkpoint is not there.
     """
+    if not recipe.is_complete:
+        raise Incomplete
     folder = recipe.folder / component.name
     module = component.empty(folder)
     storage = component.storage(precision, recipe.settings, recipe.dtype)
     if whole:
         storage = dataclasses.replace(storage, on_disk=lambda _: False)
+
+    def stays(name: str) -> bool:
+        return not component.on_host(name) and component.unit(name) not in away
+
+    single = recipe.checkpoint_of(component)
+    if own := in_own_format(single):
+        from_checkpoint.load(module, own, storage, recipe.device, stays)
+        return module
+    assert single is None or isinstance(single, Plain)
     weights.load(
         module,
-        files.weight_files(folder),
+        [single.path] if single else files.weight_files(folder),
         storage,
         recipe.device,
-        rename=component.rename,
+        rename=single.rename if single else component.rename,
         cut=component.cut,
         loras=[Lora.read(path) for path in recipe.loras]
         if component is components.TRANSFORMER
         else (),
         label=component.name,
-        stays=lambda name: not component.on_host(name) and component.unit(name) not in away,
+        stays=stays,
     )
     return module
 
 
-def as_served(recipe: Recipe, component: Component, module: Any) -> nn.Module:
-    """`module`, as its checkpoint has it, in the form that serves."""
+def empty_component(recipe: Recipe, component: Component, precision: Precision) -> nn.Module:
+    """What `read_component` makes, without any tensor."""
+    module = component.empty(recipe.folder / component.name)
+    storage = component.storage(precision, recipe.settings, recipe.dtype)
+    if own := in_own_format(recipe.checkpoint_of(component)):
+        from_checkpoint.empty(module, own, storage)
+    else:
+        weights.empty(module, storage)
+    return module
+
+
+def as_served(
+    recipe: Recipe, component: Component, module: Any, layers: Read | None = None
+) -> nn.Module:
+    """`module`, as its checkpoint has it, in the form that serves.
+
+    layers: reads the transformer's modulation; None: it is read from the checkpoint.
+    """
     if component is components.TRANSFORMER:
-        module = _served(recipe, module)
+        module = _served(recipe, module, layers or modulation_layers(recipe))
     served: nn.Module = module.eval()
     return served
 
 
-def _served(recipe: Recipe, source: Any) -> Transformer:
+def _served(recipe: Recipe, source: Any, layers: Read) -> Transformer:
     cache = keep_kernels(recipe.settings) if recipe.device.type == "cuda" else None
     attention = None
     if recipe.int8_attention:
@@ -101,15 +145,20 @@ def _served(recipe: Recipe, source: Any) -> Transformer:
         recipe.dtype,
         round_to=ROUND_TO[recipe.compute],
         attention=attention,
-        read=modulation_layers(recipe),
+        read=layers,
     )
 
 
-def modulation_layers(recipe: Recipe) -> weights.Layers:
+def modulation_layers(recipe: Recipe) -> Read:
     """The layers that stay on disk."""
-    found = files.weight_files(recipe.folder / components.TRANSFORMER.name)
+    single = recipe.checkpoint
+    if own := in_own_format(single):
+        return own.full
+    assert single is None or isinstance(single, Plain)
+    folder = recipe.folder / components.TRANSFORMER.name
+    found = [single.path] if single else files.weight_files(folder)
     loras = [Lora.read(path, only=components.is_modulation) for path in recipe.loras]
-    return weights.Layers(found, loras, recipe.dtype)
+    return weights.Layers(found, loras, recipe.dtype, single.keys if single else {})
 
 
 def keep_kernels(settings: Settings) -> Path | None:

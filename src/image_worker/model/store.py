@@ -2,44 +2,81 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from image_worker.errors import ModelMismatch
-from image_worker.model import components, files, prepared, weights
+from image_worker.errors import ModelMismatch, ModelUnavailable
+from image_worker.model import components, files, layers, prepared, sources
 from image_worker.model.components import Component
+from image_worker.model.layers import PreparedLayers
 from image_worker.model.loader import Reading
+from image_worker.model.memory import release
 from image_worker.model.packed import Slot
 from image_worker.model.placement import Plan
-from image_worker.model.prepared import Prepared
-from image_worker.model.recipe import Recipe, as_served
+from image_worker.model.prepared import Prepared, Unit
+from image_worker.model.recipe import Recipe, as_served, empty_component
 from image_worker.model.stream import blocks_of
 from image_worker.model.transformer import Transformer
+from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _TABLES = "transformer/modulation"
+_WHOLE = "-whole"  # ends the name of a folder that has modulation's layers, too
+
+
+def is_wanted(settings: Settings, device: torch.device) -> bool:
+    """Whether prepared weights are to be read and written."""
+    wanted = settings.keep_prepared
+    return wanted in ("1", "whole") or (wanted == "auto" and device.type == "cuda")
+
+
+def may_do_without(settings: Settings, device: torch.device) -> bool:
+    """Whether there are prepared weights, of whatever key, that need no checkpoint."""
+    if settings.checkpoint or not is_wanted(settings, device):
+        return False
+    return any(_home(settings).glob(f"*{_WHOLE}/{prepared.MANIFEST}"))
+
+
+def _home(settings: Settings) -> Path:
+    return settings.model_dir / "prepared"
 
 
 class Store:
-    """This recipe's prepared weights: read where they are there, written where they are not."""
+    """This recipe's prepared weights: read where they are there, written where they are not.
+
+    Those that are whole have modulation's layers, too, and need no checkpoint. They serve whatever
+    is wanted; others serve where whole ones are not asked for, and the checkpoint is there.
+    """
 
     def __init__(self, recipe: Recipe, decided: Plan) -> None:
-        """Begins to read them."""
+        """Begins to read them.
+
+        Raises:
+            ModelUnavailable: neither they nor the checkpoint is there, and `LOCAL_ONLY` is set.
+        """
         self._recipe, self._precision = recipe, decided.precision
         self._reading: Reading | None = None
-        wanted = recipe.settings.keep_prepared
-        self._wanted = wanted == "1" or (wanted == "auto" and recipe.device.type == "cuda")
+        self._wanted = is_wanted(recipe.settings, recipe.device)
         self._facts = self._made_of()
-        self._folder = recipe.settings.model_dir / "prepared" / prepared.key(self._facts)
-        self._found = self._find() if self._wanted else None
+        plain = _home(recipe.settings) / prepared.key(self._facts)
+        whole = plain.with_name(f"{plain.name}{_WHOLE}")
+        self._is_for_whole = recipe.settings.keep_prepared == "whole"
+        self._folder = whole if self._is_for_whole else plain
+        self._found: Prepared | None = None
+        if self._wanted:
+            self._found = self._find(whole)
+            if self._found is None and recipe.is_complete and not self._is_for_whole:
+                self._found = self._find(plain)
+        if self._found is None and not recipe.is_complete:
+            self._miss(whole)
         self._begin(decided)
 
     @property
@@ -54,23 +91,23 @@ class Store:
 
     def read(self, component: Component) -> nn.Module | None:
         """A component as it is served; None: it is not there, or damaged, and then taken away."""
-        if self._reading is None:
+        if self._reading is None or self._found is None:
             return None
         recipe = self._recipe
-        module = component.empty(recipe.folder / component.name)
-        weights.empty(module, component.storage(self._precision, recipe.settings, recipe.dtype))
-        module = as_served(recipe, component, module)
+        module = empty_component(recipe, component, self._precision)
+        modulation = self._layers
+        module = as_served(recipe, component, module, modulation)
         try:
             held = self._reading.fill(component.units(module))
             component.stream(module, held, recipe.device)
-            if isinstance(module, Transformer) and self._has_tables:
-                tables = self._reading.tensors(_TABLES)
-                module.modulation.put({float(name): table for name, table in tables.items()})
+            if isinstance(module, Transformer):
+                if modulation is not None:
+                    modulation.check(module.modulation.layers)
+                module.modulation.put(self._tables())
         except ModelMismatch as error:
-            self._discard(error)
+            self._discard(self._found.folder, error)
             del module
-            gc.collect()  # the transformer holds itself, and what was filled already
-            torch.cuda.empty_cache()
+            release()  # and what was filled already
             return None
         return module
 
@@ -82,28 +119,45 @@ class Store:
 
     def write(self, model: Any) -> None:
         """Writes what is loaded. Where that cannot be, the model serves all the same."""
-        found: dict[str, list[Slot]] = {}
-        for component in components.ALL:
-            found |= component.units(getattr(model, component.name))
-        made = model.transformer.modulation.tables()
-        if made:
-            held = {repr(level): _Held(table) for level, table in made.items()}
-            found[_TABLES] = [Slot(name, owner, "table") for name, owner in held.items()]
         try:
             with ExitStack() as at_home:
                 for blocks in blocks_of(model.text_encoder, model.transformer):
                     at_home.enter_context(blocks.at_home())
-                prepared.write(self._folder, found, self._facts)
-            self._found = self._find()
+                prepared.write(self._folder, self._units(model), self._facts)
+            self._found = self._find(self._folder)
+            if self._layers is not None:  # so that the checkpoint may go
+                model.transformer.modulation.read = self._layers
         except (OSError, RuntimeError) as error:  # torch's, of memory that cannot be had
             log.warning("prepared weights could not be kept in %s: %s", self._folder.parent, error)
 
-    def _find(self) -> Prepared | None:
+    def _units(self, model: Any) -> dict[str, Unit]:
+        """What each file is to hold."""
+        found: dict[str, list[Slot]] = {}
+        for component in components.ALL:
+            found |= component.units(getattr(model, component.name))
+        modulation = model.transformer.modulation
+        made = modulation.tables()
+        if made:
+            held = {repr(level): _Held(table) for level, table in made.items()}
+            found[_TABLES] = [Slot(name, owner, "table") for name, owner in held.items()]
+        units = {name: Unit.of(slots) for name, slots in found.items()}
+        return units | layers.units(modulation) if self._is_for_whole else units
+
+    def _find(self, folder: Path) -> Prepared | None:
         try:
-            return Prepared.find(self._folder)
+            return Prepared.find(folder)
         except ModelMismatch as error:
-            self._discard(error)
+            self._discard(folder, error)
             return None
+
+    def _miss(self, whole: Path) -> None:
+        """The checkpoint is needed after all."""
+        log.info("%s is not there, which would do without the checkpoint", whole)
+        if self._recipe.settings.local_only:
+            raise ModelUnavailable(
+                "not all of the model's and LoRA's files are on this machine, nor is prepared/"
+                f"{whole.name} in MODEL_DIR, which would do without; LOCAL_ONLY=1 forbids downloads"
+            )
 
     def _begin(self, decided: Plan) -> None:
         """To read them, if they are there."""
@@ -125,27 +179,35 @@ class Store:
                 from_disk=decided.from_disk,
             )
         except ModelMismatch as error:
-            self._discard(error)
+            self._discard(self._found.folder, error)
 
-    def _discard(self, error: ModelMismatch) -> None:
+    def _discard(self, folder: Path, error: ModelMismatch) -> None:
         log.warning("the prepared weights are damaged, and will be made again: %s", error)
         self.close()
         self._found = None
-        prepared.discard(self._folder)
+        prepared.discard(folder)
 
     @property
-    def _has_tables(self) -> bool:
-        return self._found is not None and f"{_TABLES}.safetensors" in self._found.files
+    def _layers(self) -> PreparedLayers | None:
+        """What reads modulation's, if there are whole prepared weights."""
+        found = self._found
+        return PreparedLayers(found) if found and found.folder.name.endswith(_WHOLE) else None
+
+    def _tables(self) -> dict[float, torch.Tensor]:
+        """Modulation's that were kept."""
+        assert self._reading is not None and self._found is not None
+        if f"{_TABLES}.safetensors" not in self._found.files:
+            return {}
+        return {float(name): table for name, table in self._reading.tensors(_TABLES).items()}
 
     def _made_of(self) -> dict[str, Any]:
         recipe = self._recipe
-        settings, folder = recipe.settings, recipe.folder
-        shards = [path for name in files.COMPONENTS for path in files.weight_files(folder / name)]
+        settings, folder, single = recipe.settings, recipe.folder, recipe.checkpoint
         return {
             "model": recipe.entry.name,
             "precision": self._precision,
-            "files": prepared.facts_of_files(shards),
-            "loras": prepared.facts_of_files(recipe.loras),
+            "files": sources.facts_of_model(folder, single.path if single else None),
+            "loras": sources.facts_of_files(recipe.loras),
             "quantised": settings.quantize_components,
             "numbers": str(recipe.dtype),
             "products": recipe.compute,

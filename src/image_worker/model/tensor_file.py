@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from image_worker.errors import ModelMismatch
 from image_worker.model.packed import Layout, Part
 
 _PAGE = 4096  # tensors begin at a multiple of it
+# Bytes. The format allows 100 MB, of which a gigabyte of objects comes; published files have 1.
+_LONGEST_HEADER = 2**24
 _PADDING = "padding."
 _TYPES = {
     "F64": torch.float64,
@@ -37,6 +40,7 @@ _TYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_MALFORMED = (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,15 @@ class TensorFile:
         with path.open("rb") as stream:
             try:
                 (length,) = struct.unpack("<Q", stream.read(8))
-                if length > path.stat().st_size:
-                    raise ValueError("longer than its file")
-                header = json.loads(stream.read(length))
+                if length > min(path.stat().st_size, _LONGEST_HEADER):
+                    raise ValueError("a header longer than its file, or than any published one")
+                header = json.loads(stream.read(length), object_pairs_hook=_without_twins)
                 metadata = header.pop("__metadata__", {})
                 parts = {name: _part(name, entry) for name, entry in header.items()}
-                end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-            except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+                end = 8 + length + _end(parts.values())
+                if not parts:
+                    raise ValueError("no tensors")
+            except _MALFORMED as error:
                 raise ModelMismatch(f"{path.name} is no safetensors file, or is cut off") from error
         size = path.stat().st_size
         if size != end:
@@ -132,7 +138,26 @@ def _entry(dtype: torch.dtype, shape: list[int], start: int, end: int) -> dict[s
 
 def _part(name: str, entry: dict[str, Any]) -> Part:
     start, end = entry["data_offsets"]
+    if any(type(size) is not int or size < 0 for size in (start, *entry["shape"])):
+        raise ValueError(f"{name} has sizes that are none")
     part = Part(name, _TYPES[entry["dtype"]], torch.Size(entry["shape"]), start)
     if part.size != end - start:
         raise ValueError(f"{name} has {end - start} bytes, not {part.size}")
     return part
+
+
+def _end(parts: Iterable[Part]) -> int:
+    """Where the last tensor ends. They lie one after the other, without gaps."""
+    end = 0
+    for part in sorted(parts, key=lambda part: (part.start, part.size)):
+        if part.start != end:
+            raise ValueError(f"{part.name} overlaps another tensor, or has a gap before it")
+        end += part.size
+    return end
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found

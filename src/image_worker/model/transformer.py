@@ -146,12 +146,16 @@ class Transformer(nn.Module):
         block: Any
         for number, (block, mod) in enumerate(zip(self.blocks.in_turn(), mods, strict=True)):
             shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(1)
-            x, y = ops.add_and_modulate(x, y, gate, shift1, scale1, owner, round_to=block.round_to)
+            x, y = ops.add_and_modulate(
+                x, y, gate, shift1, scale1, owner, round_to=block.qkv.round_to
+            )
             y = block.attend(y, layout, only_targets=number == last)
             if number == last:  # nobody reads what becomes of the other tokens
                 targets = layout.order.targets
                 x, owner, text_tokens = x[targets], owner[targets], 0
-            x, y = ops.add_and_modulate(x, y, gate1, shift2, scale2, owner, round_to=block.round_to)
+            x, y = ops.add_and_modulate(
+                x, y, gate1, shift2, scale2, owner, round_to=block.up.round_to
+            )
             y, gate = block.mlp(y, text_tokens), gate2
         x = ops.add(x, y, gate, owner)
         scale, shift = self.modulation.of_output(timesteps).unbind(1)
@@ -219,16 +223,15 @@ class Block(nn.Module):
 
         def product(image: Sequence[Any], text: Sequence[Any]) -> Pair | W8A8 | Decoded:
             layers = (*image, *text)
-            if isinstance(layers[0], CodedLinear):
+            if all(isinstance(layer, CodedLinear) for layer in layers):
                 return Decoded(layers, scratch, ops, round_to)
-            if layers[0].weight.dtype == round_to:
+            if all(_is_stored_in(round_to, layer) for layer in layers):
                 return W8A8(layers, ops)
             return Pair(_alike(image), _alike(text), sum(layer.out_features for layer in image))
 
         self.qkv = product(
             (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         )
-        self.round_to: torch.dtype | None = self.qkv.round_to
         self.out = product((attn.to_out[0],), (attn.to_add_out,))
         self.up = product((source.img_mlp.net[0].proj,), (source.txt_mlp.net[0].proj,))
         self.down = product((source.img_mlp.net[2],), (source.txt_mlp.net[2],))
@@ -244,7 +247,7 @@ class Block(nn.Module):
             self.norms,
             layout.order,
             layout.text_tokens,
-            round_to=self.round_to,
+            round_to=self.out.round_to,
             only_targets=only_targets,
         )
         found: Tensor = self.out(mixed, 0 if only_targets else layout.text_tokens)
@@ -252,9 +255,13 @@ class Block(nn.Module):
 
     def mlp(self, y: Activation, text_tokens: int) -> Tensor:
         """(N, width) in and out."""
-        y = self._ops.gelu(self.up(y, text_tokens), round_to=self.round_to)
+        y = self._ops.gelu(self.up(y, text_tokens), round_to=self.down.round_to)
         found: Tensor = self.down(y, text_tokens)
         return found
+
+
+def _is_stored_in(dtype: torch.dtype | None, layer: Any) -> bool:
+    return isinstance(layer.weight, Tensor) and layer.weight.dtype == dtype
 
 
 def _alike(layers: Sequence[Any]) -> Plain | Modules:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -105,17 +106,25 @@ class Layers:
     Calls may come from several threads.
     """
 
-    def __init__(self, files: Sequence[Path], loras: Sequence[Lora], dtype: torch.dtype) -> None:
-        """loras: merged into what is read, as they are into what is loaded."""
+    def __init__(
+        self,
+        files: Sequence[Path],
+        loras: Sequence[Lora],
+        dtype: torch.dtype,
+        keys: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """loras: merged into what is read, as they are into what is loaded; keys: what files call
+        their tensors, where they have other names.
+        """
+        self._keys = keys
         self._files = {name: found for found in map(TensorFile.open, files) for name in found.parts}
         self._loras, self._dtype = loras, dtype
 
     def __call__(self, path: str) -> tuple[Tensor, Tensor]:
         """Of the layer of that name: (out, in) and (out)."""
-        weight, bias = (
-            self._files[name].read(name).to(self._dtype)
-            for name in (f"{path}.weight", f"{path}.bias")
-        )
+        names = (f"{path}.weight", f"{path}.bias")
+        keys = [self._keys.get(name, name) for name in names]
+        weight, bias = (self._files[key].read(key).to(self._dtype) for key in keys)
         return _with_loras(weight, path, self._loras), bias
 
 

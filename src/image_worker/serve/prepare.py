@@ -12,23 +12,27 @@ from image_worker.settings import Settings
 log = logging.getLogger(__name__)
 
 
-def prepare() -> int:
+def prepare(*, whole: bool = False, drop: bool = False) -> int:
     """A start as the environment has it, up to its first edit. Returns the exit status.
 
-    Weights are downloaded and written to MODEL_DIR/prepared unless they are there already.
+    Weights are downloaded and written to MODEL_DIR/prepared unless they are there already. whole:
+    so that they need no checkpoint; drop: that is then removed from MODEL_DIR.
     """
     try:
-        settings = Settings.from_env().model_copy(update={"keep_prepared": "1"})
+        settings = Settings.from_env()
+        wanted = "whole" if whole or settings.keep_prepared == "whole" else "1"
+        settings = settings.model_copy(update={"keep_prepared": wanted})
         set_up_logging(settings)
-        from image_worker.worker import Worker
+        from image_worker.preparing import prepare
 
-        worker = Worker.from_settings(settings)
+        outcome = prepare(settings, drop=drop)
     except WorkerError as error:
         sys.stderr.write(f"error: {error.type}: {error}\n")
         return 2
-    worker.close()
-    if not worker.model.cold_start.prepared:
+    if not outcome.prepared:
         sys.stderr.write("error: the prepared weights could not be kept; the log says why\n")
         return 2
     sys.stdout.write(f"prepared in {settings.model_dir / 'prepared'}\n")
+    if drop:
+        sys.stdout.write(f"the checkpoint is removed: {outcome.freed / 1e9:.2f} GB are free\n")
     return 0

@@ -1,0 +1,66 @@
+"""What `CHECKPOINT` may name, and what is known of published files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from image_worker.catalog import CATALOG, HubFile
+from image_worker.checkpoints import PUBLISHED, lightning_of, model_of, parse
+from image_worker.errors import InvalidSettings
+from image_worker.settings import Settings
+
+FP8 = (
+    "lightx2v/Qwen-Image-Edit-2511-Lightning:"
+    "qwen_image_edit_2511_fp8_e4m3fn_scaled_lightning.safetensors"
+)
+GGUF = "QuantStack/Qwen-Image-Edit-2509-GGUF:Qwen-Image-Edit-2509-Q4_K_M.gguf"
+
+
+def settings(**variables: str) -> Settings:
+    return Settings.from_env({name.upper(): value for name, value in variables.items()})
+
+
+def test_places(tmp_path: Path) -> None:
+    path = tmp_path / "file.gguf"
+    path.touch()
+    assert parse(str(path)) == path
+    assert parse("https://host/file.gguf?key=1") == "https://host/file.gguf?key=1"
+    assert parse("me/mine:folder/file.gguf") == HubFile("me/mine", "folder/file.gguf", "main")
+    assert parse("me/mine:file.gguf@v2") == HubFile("me/mine", "file.gguf", "v2")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["http://host/file.gguf", "nothing.gguf", "/not/there.gguf", "me/mine", "a/b/c:d", "/a:b"],
+)
+def test_what_names_nothing_is_refused(text: str) -> None:
+    with pytest.raises(InvalidSettings, match="is no file of this machine, no https URL"):
+        parse(text)
+
+
+def test_published_files_are_of_models_that_are_known() -> None:
+    assert len(PUBLISHED) == 20
+    for known in PUBLISHED.values():
+        assert known.lightning_steps in (0, *CATALOG[known.model].lightning)
+        told = re.search(r"(\d)steps", known.path)
+        assert told is None or int(told[1]) == known.lightning_steps
+
+
+def test_what_is_known_decides_the_model_and_its_steps() -> None:
+    assert model_of(settings(checkpoint=FP8)) == "edit-2511"
+    assert model_of(settings(checkpoint=FP8, model="edit-2511")) == "edit-2511"
+    assert model_of(settings(model="edit")) == "edit"
+    assert model_of(settings(checkpoint="me/mine:x.gguf")) == "auto"
+    assert lightning_of(settings(checkpoint=FP8)) == 4
+    assert lightning_of(settings(checkpoint=GGUF)) == 0
+    assert lightning_of(settings(checkpoint=GGUF, checkpoint_lightning="8")) == 8
+    assert lightning_of(settings(checkpoint=FP8, checkpoint_lightning="0")) == 0
+    assert lightning_of(settings()) == 0
+
+
+def test_another_model_than_the_files_is_refused() -> None:
+    with pytest.raises(InvalidSettings, match="belongs to edit-2511; set MODEL=edit-2511"):
+        model_of(settings(checkpoint=FP8, model="edit-2509"))
