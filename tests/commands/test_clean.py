@@ -59,6 +59,9 @@ def models(tmp_path: Path) -> Path:
     snapshot = blobs.parent / "snapshots" / ("a" * 40) / "vae"
     snapshot.mkdir(parents=True)
     (snapshot / "weights.safetensors").symlink_to(blobs / "whole")
+    put(folder / "checkpoints" / HEX[:16] / "model.gguf.incomplete", 700)
+    put(folder / "checkpoints" / HEX[:16] / "model.gguf")
+    put(folder / "checkpoints" / "mine" / "x.incomplete")
     put(folder / "generated-images" / "mini_lightning8_20260101-000000.png")
     age(folder)
     return folder
@@ -81,6 +84,7 @@ OURS = {
     "kernels/triton/ab/kernel.cubin",
     "kernels/cuda/cd",
     "models--Qwen--Qwen-Image-Edit-2509/blobs/cut.incomplete",
+    f"checkpoints/{HEX[:16]}/model.gguf.incomplete",
 }
 
 
@@ -112,8 +116,8 @@ def test_one_kind_alone(kind: str, models: Path, monkeypatch: Any) -> None:
     before = kept(models)
     clean(monkeypatch, models, "--yes", f"--{kind}")
     gone = before - kept(models)
-    part = {"prepared": "prepared/", "kernels": "kernels/", "downloads": "models--"}[kind]
-    assert gone == {name for name in OURS if name.startswith(part)}
+    parts = {"downloads": ("models--", "checkpoints/")}.get(kind, (f"{kind}/",))
+    assert gone == {name for name in OURS if name.startswith(parts)}
 
 
 def test_what_is_newer_stays(models: Path, monkeypatch: Any) -> None:
@@ -130,7 +134,7 @@ def test_what_is_being_written_stays(models: Path, monkeypatch: Any, capsys: Any
     put(models / "models--Qwen--Qwen-Image-Edit-2509" / "blobs" / "now.incomplete", age=10.0)
     before = kept(models)
     clean(monkeypatch, models, "--yes", "--prepared", "--downloads")
-    assert before - kept(models) == {"models--Qwen--Qwen-Image-Edit-2509/blobs/cut.incomplete"}
+    assert before - kept(models) == {name for name in OURS if name.endswith(".incomplete")}
     assert capsys.readouterr().out.count("stays: it is being written") == 3
     put(models / "prepared" / f".{KEY}.lease", 0, age=61.0)  # its writer is dead
     clean(monkeypatch, models, "--yes", "--prepared")

@@ -22,6 +22,7 @@ from image_worker.commands.facts import (
     Card,
     Driver,
     Facts,
+    Finding,
     Forecast,
     Package,
     Places,
@@ -29,9 +30,9 @@ from image_worker.commands.facts import (
     Process,
     Torch,
 )
-from image_worker.commands.findings import Finding, findings, served
+from image_worker.commands.findings import findings, served
 from image_worker.commands.forecast import MEASURED, MEASURED_ON, forecast
-from image_worker.model.published import Published, published
+from image_worker.model.published import FullSize, full_size
 from image_worker.settings import Settings
 
 GIB = 2**30
@@ -44,16 +45,16 @@ _Kind = tuple[str, tuple[int, int], float]
 
 
 @functools.cache
-def _published(name: str, quantised: str) -> Published:
-    return published(CATALOG[name], Settings.from_env({"QUANTIZE_COMPONENTS": quantised}))
+def _full_size(name: str, quantised: str) -> FullSize:
+    return full_size(CATALOG[name], Settings.from_env({"QUANTIZE_COMPONENTS": quantised}))
 
 
 @pytest.fixture(autouse=True)
 def _sizes_are_computed_once(monkeypatch: Any) -> None:
-    def known(entry: ModelEntry, settings: Settings) -> Published:
-        return _published(entry.name, settings.quantize_components)
+    def known(entry: ModelEntry, settings: Settings) -> FullSize:
+        return _full_size(entry.name, settings.quantize_components)
 
-    monkeypatch.setattr(forecasts, "published", known)
+    monkeypatch.setattr(forecasts, "full_size", known)
 
 
 def card(kind: _Kind, free: float | None = None) -> Card:
@@ -185,7 +186,7 @@ def test_numbers_of_an_old_card() -> None:
         (MIDDLE, {"CPU_OFFLOAD": "none", "PRECISION_MODE": "bf16"}, "does not fit"),
         (SMALL, {"GPU_MAX_GIB": "1"}, "does not fit: 1.0 GiB are free"),
         (SMALL, {"COMPUTE": "fp8"}, "COMPUTE=fp8 is impossible with 4bit"),
-        (MIDDLE, {"ATTENTION": "int8"}, "takes a Hopper card"),
+        (MIDDLE, {"ATTENTION": "int8"}, "takes bfloat16 and a Hopper card"),
     ],
 )
 def test_settings_that_this_card_cannot_honour(
@@ -292,6 +293,27 @@ def test_a_disk_without_room_for_prepared_weights_is_no_problem() -> None:
 def test_what_is_not_here_and_may_not_be_downloaded() -> None:
     found, _ = judge(facts(MIDDLE, LOCAL_ONLY="1"))
     assert problems(found) == ["LOCAL_ONLY=1, and not on this machine: model and Lightning LoRA"]
+
+
+def test_whole_prepared_weights_may_stand_for_the_checkpoint() -> None:
+    given = facts(MIDDLE, LOCAL_ONLY="1")
+    assert given.places is not None
+    for name, precision, is_enough in (
+        ("a-whole", "4bit", True),
+        ("a", "4bit", False),
+        ("a-whole", "bf16", False),
+    ):
+        folder = PreparedFolder(name, "edit-2509", precision, 1)
+        there = dataclasses.replace(given.places, prepared=(folder,))
+        found, _ = judge(dataclasses.replace(given, places=there))
+        assert bool(problems(found)) != is_enough
+    _, seen = judge(facts(MIDDLE, KEEP_PREPARED="whole"))
+    assert 26e9 < seen.prepared["4bit"] < 27e9
+
+
+def test_a_checkpoint_of_another_program_is_not_looked_into() -> None:
+    found, _ = judge(facts(MIDDLE, CHECKPOINT="/models/one.safetensors"))
+    assert "CHECKPOINT is not looked into" in about(found, "model")
 
 
 def test_a_volume_beside_model_dir() -> None:

@@ -15,7 +15,7 @@ from image_worker.catalog import CATALOG
 from image_worker.model import components, weights
 from image_worker.model.hardware import GIB, Hardware
 from image_worker.model.placement import plan
-from image_worker.model.published import FOLDER, LORA_RANK, Published, published
+from image_worker.model.published import FOLDER, LORA_RANK, FullSize, full_size
 from image_worker.settings import Settings
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -23,8 +23,8 @@ SETTINGS = Settings.from_env({})
 
 
 @pytest.fixture(scope="module")
-def full() -> Published:
-    return published(CATALOG["edit-2509"], SETTINGS)
+def full() -> FullSize:
+    return full_size(CATALOG["edit-2509"], SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_shapes_are_those_of_the_stock_classes(
 
 
 def test_the_download_is_as_large_as_the_stock_classes_and_as_the_readme_says(
-    full: Published, stock: dict[str, dict[str, tuple[int, ...]]]
+    full: FullSize, stock: dict[str, dict[str, tuple[int, ...]]]
 ) -> None:
     assert full.checkpoint == 2 * sum(map(count, stock.values()))
     assert f"({full.checkpoint / 1e9:.0f} GB)" in README
@@ -75,11 +75,13 @@ def test_the_download_is_as_large_as_the_stock_classes_and_as_the_readme_says(
     assert 0.84e9 < full.lora < 0.86e9
 
 
-def test_prepared_weights_are_as_large_as_the_readme_says(full: Published) -> None:
+def test_prepared_weights_are_as_large_as_the_readme_says(full: FullSize) -> None:
     assert f"({full.prepared('4bit') / 1e9:.0f} GB for 4bit)" in README
+    assert f"{full.modulation / 1e9:.1f} of layers in bf16" in README
+    assert full.prepared("4bit", whole=True) == full.prepared("4bit") + full.modulation
 
 
-def test_the_plan_for_them_is_the_readmes(full: Published) -> None:
+def test_the_plan_for_them_is_the_readmes(full: FullSize) -> None:
     """The table of what `auto` takes, by the free memory."""
     table = README.split("What `auto` takes", 1)[1].split("What passes waits", 1)[0]
     rows = re.findall(r"^\| ([\d.]+) (?:and more|to [^|]+) \| (\w+)[^|]*\| (.*) \|$", table, re.M)
@@ -91,7 +93,7 @@ def test_the_plan_for_them_is_the_readmes(full: Published) -> None:
         assert bool(found.streamed) == ("stay" not in places), least
 
 
-def test_one_model_of_the_family_takes_more_while_denoising(full: Published) -> None:
-    newer = published(CATALOG["edit-2511"], SETTINGS)
+def test_one_model_of_the_family_takes_more_while_denoising(full: FullSize) -> None:
+    newer = full_size(CATALOG["edit-2511"], SETTINGS)
     assert not full.shape.zero_cond_t and newer.shape.zero_cond_t
     assert newer.sizes == full.sizes

@@ -10,13 +10,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from image_worker.commands.facts import Facts, Forecast
+from image_worker.commands.facts import Facts, Finding, Forecast
 from image_worker.commands.machine import look_at_driver, look_at_torch
 from image_worker.commands.packages import look_at_packages, look_for_strangers
 from image_worker.errors import InvalidSettings
 
 if TYPE_CHECKING:
-    from image_worker.commands.findings import Finding
     from image_worker.settings import Settings
 
 _ABOUT = (
@@ -121,7 +120,7 @@ def _table(forecast: Forecast) -> list[str]:
     cells = [("weights", "fits", "peak GiB", "products", "speed")]
     for row in forecast.rows:
         peak = "" if row.peak is None else f"{row.peak / 2**30:.1f}"
-        cells.append((row.precision, row.places, peak, row.products or "impossible", row.speed))
+        cells.append((row.precision, row.places, peak, row.products, row.speed))
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return [
         "  "

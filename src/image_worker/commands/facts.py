@@ -1,13 +1,25 @@
-"""What the doctor knows of a machine: values only, so that a test can make up any machine."""
+"""What the doctor knows of a machine, and what it says: values only, so that tests can make any."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # pydantic may be what is missing
     from image_worker.settings import Precision, Settings
+
+
+Status = Literal["ok", "note", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line. A problem is what would prevent a start, or have it serve something else."""
+
+    status: Status
+    topic: str
+    text: str
 
 
 @dataclass(frozen=True)

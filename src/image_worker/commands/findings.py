@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from image_worker.catalog import CATALOG, ModelEntry, choose
-from image_worker.commands.clean import in_bytes
-from image_worker.commands.facts import Facts, Forecast, Places
+from image_worker.commands.facts import Facts, Finding, Forecast, Status
+from image_worker.commands.on_disk import on_disk
 from image_worker.commands.packages import STRANGERS
 from image_worker.compute import LEAST
 from image_worker.settings import Settings
 
-Status = Literal["ok", "note", "problem"]
 GIB = 2**30
 LEAST_CAPABILITY = (7, 5)  # of the pinned torch
 HOST_BYTES = 6 * GIB  # a first start at 4bit took 5.9 (README)
 # A start imports none of these.
 _FOR_TESTS = frozenset({"accelerate", "diffusers", "peft", "transformers"})
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line. A problem is what would prevent a start, or have it serve something else."""
-
-    status: Status
-    topic: str
-    text: str
 
 
 def served(facts: Facts) -> ModelEntry | None:
@@ -47,7 +35,7 @@ def findings(facts: Facts, forecast: Forecast | None) -> list[Finding]:
     if entry is not None and facts.settings is not None:
         found += _model(facts, facts.settings, entry, forecast)
         if facts.places is not None:
-            found += _places(facts.settings, facts.places, entry, forecast)
+            found += on_disk(facts.settings, facts.places, entry, forecast)
     return found + list(_host(facts, forecast))
 
 
@@ -179,67 +167,9 @@ def _model(
     if settings.model_id is not None:
         text = f"MODEL_ID={settings.model_id} is taken to be of the published size"
         yield Finding("note", "model", text)
-
-
-def _places(
-    settings: Settings, places: Places, entry: ModelEntry, forecast: Forecast | None
-) -> Iterator[Finding]:
-    if places.problem is not None:
-        yield Finding("problem", "model files", places.problem)
-    free = "an unknown amount" if places.free is None else _gb(places.free)
-    text = f"MODEL_DIR={places.model_dir}, {free} free"
-    yield Finding("ok" if places.writable else "note", "disk", text)
-    if not places.writable:
-        yield Finding("note", "disk", "MODEL_DIR cannot be written: nothing is downloaded or kept")
-    if entry.name != "mini" and places.problem is None:
-        yield from _download(settings, places, forecast)
-    for folder in places.prepared:
-        text = f"{folder.name} ({folder.model}, {folder.precision}): {in_bytes(folder.size)}"
-        yield Finding("ok", "prepared weights", text)
-    if places.volume and not places.in_volume:
-        text = "a network volume is mounted, and MODEL_DIR is not on it"
-        yield Finding("note", "network volume", text)
-    else:
-        yield Finding("ok", "network volume", "mounted" if places.volume else "none")
-
-
-def _download(settings: Settings, places: Places, forecast: Forecast | None) -> Iterator[Finding]:
-    missing = [
-        name
-        for name, there in (("model", places.has_model), ("Lightning LoRA", places.has_adapter))
-        if not there
-    ]
-    if not missing:
-        yield Finding("ok", "model files", "the model's are all there")
-    elif settings.local_only:
-        text = f"LOCAL_ONLY=1, and not on this machine: {' and '.join(missing)}"
-        yield Finding("problem", "model files", text)
-    elif forecast is None:
-        yield Finding("note", "model files", f"to be downloaded: {' and '.join(missing)}")
-    else:
-        model = 0 if places.has_model else max(0, forecast.checkpoint - places.partial)
-        size = model + (0 if places.has_adapter else forecast.adapter)
-        there = f" ({_gb(places.partial)} are there)" if places.partial else ""
-        short = places.free is not None and places.free < size
-        text = f"{_gb(size)} are to be downloaded{there}"
-        is_problem = short or not places.writable
-        yield Finding("problem" if is_problem else "note", "model files", text)
-        yield from _room_to_prepare(settings, places, forecast, size)
-
-
-def _room_to_prepare(
-    settings: Settings, places: Places, forecast: Forecast, downloads: int
-) -> Iterator[Finding]:
-    row = forecast.chosen
-    if row is None or settings.keep_prepared == "0" or not places.writable:
-        return
-    size = forecast.prepared[row.precision]
-    if places.free is not None and downloads <= places.free < downloads + size:
-        text = f"{_gb(size)} more to keep prepared weights are not free: each start quantises anew"
-        yield Finding("note", "disk", text)
-    else:
-        text = f"prepared weights take {_gb(size)}, once the first start has written them"
-        yield Finding("ok", "disk", text)
+    if settings.checkpoint is not None:
+        text = "CHECKPOINT is not looked into: room and memory are as without it"
+        yield Finding("note", "model", text)
 
 
 def _host(facts: Facts, forecast: Forecast | None) -> Iterator[Finding]:
@@ -272,7 +202,3 @@ def _host(facts: Facts, forecast: Forecast | None) -> Iterator[Finding]:
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB"
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

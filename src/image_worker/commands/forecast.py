@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import get_args
 
+import torch
+
 from image_worker.catalog import CATALOG, ModelEntry
 from image_worker.commands.facts import Card, Forecast, Row
-from image_worker.compute import automatic, possible
-from image_worker.errors import DoesNotFit
+from image_worker.errors import DoesNotFit, InvalidSettings
+from image_worker.model import numbers
 from image_worker.model.hardware import GIB, Hardware
 from image_worker.model.placement import Plan, plan
-from image_worker.model.published import Published, published
+from image_worker.model.published import FullSize, full_size
 from image_worker.settings import Precision, Settings
 
 # Of the README's table of whole jobs: 1024² with one reference, Lightning 4 steps, everything on
@@ -30,7 +32,7 @@ def forecast(
     free.
     """
     shown = CATALOG["edit-2509"] if entry.name == "mini" else entry
-    model = published(shown, settings)
+    model = full_size(shown, settings)
     rows: tuple[Row, ...] = ()
     chosen, problem, from_disk, held = None, None, False, 0
     hardware = _hardware(settings, card, host)
@@ -56,23 +58,33 @@ def forecast(
         host=held,
         checkpoint=model.checkpoint,
         adapter=model.lora if settings.use_lightning_lora else 0,
-        prepared={precision: model.prepared(precision) for precision in PRECISIONS},
+        prepared={
+            one: model.prepared(one, whole=settings.keep_prepared == "whole") for one in PRECISIONS
+        },
     )
 
 
-def products(settings: Settings, precision: Precision, capability: tuple[int, int] | None) -> str:
-    """What the transformer multiplies in; "" where the card cannot what COMPUTE asks for."""
-    bf16 = settings.bnb_compute == "bf16" and (capability is None or capability >= (8, 0))
+def products(settings: Settings, precision: Precision, hardware: Hardware) -> str:
+    """What the transformer multiplies in.
+
+    Raises:
+        InvalidSettings: the card cannot what the settings ask for.
+    """
+    dtype = numbers.choose_dtype(settings, hardware)
     stored: Precision = precision if settings.quantize_components == "all" else "bf16"
-    if settings.compute == "auto":
-        found = automatic(stored, capability, bf16=bf16)
-    elif settings.compute in possible(stored, capability, bf16=bf16):
-        found = settings.compute
-    else:
-        return ""
-    if found == "bf16" and stored == "8bit":
+    found = numbers.choose_products(settings, stored, hardware, dtype)
+    if found != "bf16":
+        return found
+    if stored == "8bit":
         return "LLM.int8()"
-    return "fp16" if found == "bf16" and not bf16 else found
+    return "bf16" if dtype == torch.bfloat16 else "fp16"
+
+
+def _products(settings: Settings, precision: Precision, hardware: Hardware) -> str:
+    try:
+        return products(settings, precision, hardware)
+    except InvalidSettings:
+        return "impossible"
 
 
 def _hardware(settings: Settings, card: Card | None, host: int | None) -> Hardware | None:
@@ -93,12 +105,12 @@ def _only(settings: Settings, precision: Precision) -> Settings:
     return settings.model_copy(update=update)
 
 
-def _row(settings: Settings, model: Published, hardware: Hardware, precision: Precision) -> Row:
+def _row(settings: Settings, model: FullSize, hardware: Hardware, precision: Precision) -> Row:
     try:
         return _as_row(settings, plan(settings, model.sizes, model.shape, hardware), hardware)
     except DoesNotFit as error:
-        calculates = products(settings, precision, hardware.capability)
-        return Row(precision, "no", None, calculates, _UNKNOWN, str(error))
+        multiplied = _products(settings, precision, hardware)
+        return Row(precision, "no", None, multiplied, _UNKNOWN, str(error))
 
 
 def _as_row(settings: Settings, decided: Plan, hardware: Hardware) -> Row:
@@ -109,7 +121,7 @@ def _as_row(settings: Settings, decided: Plan, hardware: Hardware) -> Row:
         precision=decided.precision,
         places=passing if decided.streamed else "all stay",
         peak=decided.peak,
-        products=products(settings, decided.precision, hardware.capability),
+        products=_products(settings, decided.precision, hardware),
         speed=f"{measured} s a job on an {MEASURED_ON}" if is_known else _UNKNOWN,
         why=decided.describe(),
     )
@@ -117,16 +129,15 @@ def _as_row(settings: Settings, decided: Plan, hardware: Hardware) -> Row:
 
 def _refused(settings: Settings, precision: Precision, hardware: Hardware) -> str | None:
     """What a start would refuse of this card, although the model fits."""
-    if not products(settings, precision, hardware.capability):
-        return (
-            f"COMPUTE={settings.compute} is impossible with {precision} weights on {hardware.name}"
-        )
-    if settings.attention == "int8" and hardware.capability != (9, 0):
-        return f"ATTENTION=int8 takes a Hopper card (compute capability 9.0), not {hardware.name}"
+    try:
+        products(settings, precision, hardware)
+        numbers.attends_in_int8(settings, hardware, numbers.choose_dtype(settings, hardware))
+    except InvalidSettings as error:
+        return str(error)
     return None
 
 
-def _held(decided: Plan, model: Published) -> int:
+def _held(decided: Plan, model: FullSize) -> int:
     """Bytes of weights that the host's memory holds."""
     sizes = model.sizes[decided.precision]
     passing = sum(

@@ -9,7 +9,7 @@ from pathlib import Path
 from image_worker.catalog import ModelEntry
 from image_worker.commands.facts import Places, PreparedFolder
 from image_worker.commands.removable import MANIFEST, made_of, measure
-from image_worker.errors import InvalidSettings, ModelUnavailable, WorkerError
+from image_worker.errors import WorkerError
 from image_worker.settings import Settings
 
 VOLUME = Path("/runpod-volume")  # where RunPod mounts a network volume
@@ -55,25 +55,20 @@ def _has_model(settings: Settings, entry: ModelEntry) -> tuple[bool, str | None]
     try:
         from image_worker.model import files
 
-        files.find_model(entry, settings.model_copy(update={"local_only": True}))
+        return files.model_here(entry, settings) is not None, None
     except ImportError:  # told as a missing package
         return False, None
-    except InvalidSettings as error:
-        return False, str(error)
     except WorkerError as error:
-        is_missing = isinstance(error, ModelUnavailable) and "LOCAL_ONLY" in str(error)
-        return False, None if is_missing else str(error)
-    return True, None
+        return False, str(error)
 
 
 def _has_adapter(settings: Settings, entry: ModelEntry) -> bool:
-    if not settings.use_lightning_lora:
-        return True
     try:
-        from image_worker.model import files
+        from image_worker.model import files, sources
 
-        file = entry.lightning[settings.lightning_steps]
-        files.find_adapter(file, settings.model_copy(update={"local_only": True}))
+        here = settings.model_copy(update={"local_only": True})
+        for file in sources.loras_of(entry, settings):
+            files.find_adapter(file, here)
     except (ImportError, WorkerError):
         return False
     return True

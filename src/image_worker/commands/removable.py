@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ _KEY = r"(?P<key>(?:[\w.-]+-)?[0-9a-f]{16}(?:-whole)?)"
 _FOLDER = re.compile(_KEY)
 _LEFTOVER = re.compile(rf"\.{_KEY}\.(?:[0-9a-f]{{32}}\.(?P<what>partial|damaged)|lease)")
 _CLOCK = re.compile(r"\.[0-9a-f]{32}\.clock")
+_HASH = re.compile(r"[0-9a-f]{16}")
 _KERNELS = ("triton", "cuda")
 _LINK = "it is a symbolic link"
 _WRITTEN = "it is being written"
@@ -195,22 +196,29 @@ def _kernels(home: Path) -> Iterator[Item]:
 
 
 def _downloads(folder: Path, silence: float) -> Iterator[Item]:
+    """Of the hub's cache, and of checkpoints that came from elsewhere."""
     for repo in sorted(folder.glob("models--*")):
         about = repo.name.removeprefix("models--").replace("--", "/")
-        blobs = repo / "blobs"
-        if repo.is_symlink() or blobs.is_symlink():
-            yield Item("downloads", repo, 0, 0.0, about, _LINK)
-            continue
-        for path in sorted(blobs.glob("*.incomplete")):
-            size, changed = measure(path)
-            age = time.time() - changed
-            stays = None
-            if path.is_symlink():
-                stays = _LINK
-            elif not path.is_file():
-                continue
-            elif age < silence:
-                stays = "it may be arriving"
+        yield from _cut_off([repo, repo / "blobs"], about, silence)
+    home = folder / "checkpoints"
+    for place in sorted(home.glob("*")):
+        if _HASH.fullmatch(place.name):
+            yield from _cut_off([home, place], "a checkpoint", silence)
+
+
+def _cut_off(way: Sequence[Path], about: str, silence: float) -> Iterator[Item]:
+    """way: the folders that lead to the files, the last one with them in it."""
+    for folder in way:
+        if folder.is_symlink():
+            yield Item("downloads", folder, 0, 0.0, about, _LINK)
+            return
+    for path in sorted(way[-1].glob("*.incomplete")):
+        size, changed = measure(path)
+        age = time.time() - changed
+        if path.is_symlink():
+            yield Item("downloads", path, 0, age, about, _LINK)
+        elif path.is_file():
+            stays = "it may be arriving" if age < silence else None
             yield Item("downloads", path, size, age, about, stays, changed)
 
 

@@ -26,25 +26,26 @@ _VAE_BYTES = 253_785_062
 
 
 @dataclass(frozen=True)
-class Published:
+class FullSize:
     """A full-size model as a plan sees it.
 
-    host: bytes that are served from the host's memory, at any precision; checkpoint, lora: bytes of
-    the files that are downloaded.
+    host: bytes that are served from the host's memory, at any precision; modulation: of layers that
+    stay on disk; checkpoint, lora: of the files that are downloaded.
     """
 
     shape: Shape
     sizes: Mapping[Precision, Sizes]
     host: int
+    modulation: int
     checkpoint: int
     lora: int
 
-    def prepared(self, precision: Precision) -> int:
-        """About how many bytes a folder of prepared weights takes."""
-        return self.sizes[precision].total + self.host
+    def prepared(self, precision: Precision, *, whole: bool = False) -> int:
+        """About how many bytes a folder of prepared weights takes. whole: without a checkpoint."""
+        return self.sizes[precision].total + self.host + (self.modulation if whole else 0)
 
 
-def published(entry: ModelEntry, settings: Settings) -> Published:
+def full_size(entry: ModelEntry, settings: Settings) -> FullSize:
     """Of a model of the catalogue, or of another one of the same architecture.
 
     Modules are made without memory for their weights: it takes half a second.
@@ -56,12 +57,18 @@ def published(entry: ModelEntry, settings: Settings) -> Published:
     embedding = sum(
         shape.numel() for name, shape in encoder.items() if components.TEXT_ENCODER.on_host(name)
     )
+    on_disk = {
+        name: shape
+        for name, shape in transformer.items()
+        if components.TRANSFORMER.on_disk(name.rpartition(".")[0])
+    }
     # The checkpoint has the text encoder's output layer, too, which is as large as its embedding.
     values = _count(encoder) + embedding + _count(transformer)
-    return Published(
+    return FullSize(
         shape=components.shape(entry, configs),
         sizes=components.sizes(FOLDER, settings, torch.bfloat16, has_weights=False),
         host=_BYTES * embedding,
+        modulation=_BYTES * _count(on_disk),
         checkpoint=_BYTES * values + _VAE_BYTES,
         lora=_BYTES * _lora_values(transformer),
     )
