@@ -30,7 +30,9 @@ def possible(name: str, columns: int) -> str:
 
 
 def quantise(values: Array, name: str) -> Array:
-    """(rows, columns) float32 to (rows, bytes) uint8, or to float32 or float16."""
+    """(rows, columns) float32 to (rows, bytes) uint8, or to float32 or float16; bytes as they are."""
+    if values.dtype == np.uint8:
+        return values
     if name not in _QUANTISERS:
         return gguf.quants.quantize(values, GGMLQuantizationType[name])
     blocks = values.astype(np.float32).reshape(-1, 256)
@@ -44,10 +46,10 @@ def write(
     architecture: str | None = "qwen_image",
     entries: Mapping[str, str | Sequence[int]] | None = None,
 ) -> Path:
-    """A file of tensors, float32, each in the type that is named beside it."""
+    """A file of tensors, float32 or blocks, each in the type that is named beside it."""
     writer = gguf.GGUFWriter(path, architecture or "")
     if architecture is None:
-        del writer.kv_data[0][gguf.Keys.General.ARCHITECTURE]
+        writer.kv_data[0].pop(gguf.Keys.General.ARCHITECTURE, None)
     for key, value in (entries or {}).items():
         add: Any = writer.add_string if isinstance(value, str) else writer.add_array
         add(key, value)

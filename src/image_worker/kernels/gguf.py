@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from image_worker.model.formats.gguf import GgufWeight
 
 VALUES = 2048  # of one program
+_VALUES = tl.constexpr(VALUES)
 # Numbers are rounded after each product and sum, as in the definition: not fused.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -47,15 +48,15 @@ def decode(weight: GgufWeight, into: Tensor, row_scales: Tensor | None) -> None:
 def launch_of(tensor_type: str) -> tuple[Any, dict[str, int]]:
     """The kernel for a type, and what it has to know of it."""
     if tensor_type == "Q8_0":
-        return _bytes_kernel, {}
+        return _q8_kernel, {}
     bits = int(tensor_type[1])
     if tensor_type.endswith("_K"):
         return _k_kernel, {"BITS": bits, "PARTS": 8 if bits in (4, 5) else 16}
-    return _halves_kernel, {"BITS": bits, "OFFSET": tensor_type.endswith("_1")}
+    return _q4_q5_kernel, {"BITS": bits, "OFFSET": tensor_type.endswith("_1")}
 
 
 @triton.jit
-def _bytes_kernel(  # type: ignore[no-untyped-def]
+def _q8_kernel(  # type: ignore[no-untyped-def]
     words,
     row_scales,
     into,
@@ -74,11 +75,11 @@ def _bytes_kernel(  # type: ignore[no-untyped-def]
     earlier = scale * (word << 24 >> 24).to(tl.float32)
     later = scale * (word >> 8).to(tl.float32)
     row = block // row_blocks
-    _store(into, block * 32 + 2 * pair, earlier, later, row_scales, row, inside, SCALED)
+    _store(into, earlier, later, row_scales, row, inside, blocks * 32, SCALED)
 
 
 @triton.jit
-def _halves_kernel(  # type: ignore[no-untyped-def]
+def _q4_q5_kernel(  # type: ignore[no-untyped-def]
     words,
     row_scales,
     into,
@@ -113,8 +114,7 @@ def _halves_kernel(  # type: ignore[no-untyped-def]
         first = scale * (earlier - middle).to(tl.float32)
         second = scale * (later - middle).to(tl.float32)
     row = block // row_blocks
-    place = block * 32 + half * 16 + 2 * pair
-    _store(into, place, first, second, row_scales, row, inside, SCALED)
+    _store(into, first, second, row_scales, row, inside, blocks * 32, SCALED)
 
 
 @triton.jit
@@ -135,8 +135,9 @@ def _k_kernel(  # type: ignore[no-untyped-def]
     inside = block < blocks
     part = tl.arange(0, PARTS)[None, :, None]
     pair = tl.arange(0, 128 // PARTS)[None, None, :]
-    value = part * (256 // PARTS) + 2 * pair
-    run, within = value // 32, value % 32 // 2  # of 32 values, and of 16 words
+    # Which run of 32 values a pair is in, and where.
+    run = part // (PARTS // 8)
+    within = part % (PARTS // 8) * 8 + pair
     earlier, later = _codes(words + block * (SIZE // 2), run, within, inside, BITS)
     factor, offset = _factors(words + block * (SIZE // 2), part, inside, BITS)
     if BITS == 3:
@@ -152,7 +153,7 @@ def _k_kernel(  # type: ignore[no-untyped-def]
     if BITS != 3 and BITS != 6:
         first, second = first - offset, second - offset
     row = block // row_blocks
-    _store(into, block * 256 + value, first, second, row_scales, row, inside, SCALED)
+    _store(into, first, second, row_scales, row, inside, blocks * 256, SCALED)
 
 
 @triton.jit
@@ -219,12 +220,12 @@ def _half(words, block, at, SIZE: tl.constexpr, inside):  # type: ignore[no-unty
 
 
 @triton.jit
-def _store(into, place, earlier, later, row_scales, row, inside, SCALED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Two neighbours' values each, the earlier one at `place`."""
+def _store(into, earlier, later, row_scales, row, inside, count, SCALED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's values, of `count` in all: pairs of neighbours, in their order."""
     if SCALED:
         scale = tl.load(row_scales + row, mask=inside, other=1.0)
         earlier, later = earlier / scale, later / scale
     dtype = into.dtype.element_ty
     both = tl.join(rounded(earlier, dtype), rounded(later, dtype))
-    places = tl.join(place, place + 1)
-    tl.store(into + places, both, mask=tl.expand_dims(inside, -1))
+    place = tl.program_id(0) * _VALUES + tl.arange(0, _VALUES)
+    tl.store(into + place, tl.reshape(both, (_VALUES,)), mask=place < count)
