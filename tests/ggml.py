@@ -30,7 +30,7 @@ def possible(name: str, columns: int) -> str:
 
 
 def quantise(values: Array, name: str) -> Array:
-    """(rows, columns) float32 to (rows, bytes) uint8, or to float32 or float16; bytes as they are."""
+    """(rows, columns) float32 to (rows, bytes) uint8, or float32 or float16. Bytes stay bytes."""
     if values.dtype == np.uint8:
         return values
     if name not in _QUANTISERS:

@@ -42,11 +42,8 @@ DECODE_ROUNDED = {
     "found": INT32,
 } | dict.fromkeys(("rows", "blocks", "layer_rows", "layer_stride"), INT)
 DECODE_SIZES = {"ROWS": nf4._ROWS, "BLOCKS": nf4._BLOCKS, "WORDS": nf4._WORDS}
-DECODE_GGUF = {"words": INT16, "row_scales": FP32, "into": BF16} | dict.fromkeys(
-    ("blocks", "row_blocks"), INT
-)
 # One for each way through these kernels; on Hopper all are compiled, elsewhere the first.
-GGUF_TYPES = ("Q6_K", "Q8_0", "Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K")
+GGUF_TYPES = ("Q6_K", "Q8_0", "Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "F16")
 MULTIPLY = {"x": INT8, "x_scales": FP32, "weight": INT8, "scales": FP32, "bias": BF16} | {
     "into": BF16,
     **dict.fromkeys(("tokens", "rows", "columns", "stride"), INT),
@@ -107,9 +104,13 @@ def kernels(capability: int) -> Iterator[Kernel]:
 def decoding_of(name: str, into: str, *, scaled: bool) -> Kernel:
     """The kernel that decodes one of ggml's types."""
     values, size = block_of(name)
-    kernel, constants = gguf.launch_of(name)
-    constants |= {"SIZE": size, "SCALED": scaled, "RUN": gguf.VALUES // values}
-    return kernel, DECODE_GGUF | {"into": into}, constants, gguf.LAUNCH
+    kernel, constants = gguf.launch_of(name, size)
+    constants |= {"SCALED": scaled, "RUN": gguf.VALUES // values}
+    numbers = [("numbers", FP16), ("count", INT), ("columns", INT)]
+    words = [("words", INT16), ("blocks", INT), ("row_blocks", INT)]
+    source, *sizes = numbers if name == "F16" else words
+    types = [source, ("row_scales", FP32), ("into", into), *sizes]
+    return kernel, dict(types), constants, gguf.LAUNCH
 
 
 def main() -> None:

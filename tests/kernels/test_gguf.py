@@ -47,9 +47,12 @@ def ops(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def random_blocks(name: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """(rows, bytes) of any bits, but for numbers in half precision, which are finite."""
+    """(rows, bytes) of any bits, but for numbers in half precision, which are finite; float32 is of
+    normally distributed numbers."""
     values, size = block_of(name)
     generator = np.random.default_rng(seed)
+    if name == "F32":
+        return generator.standard_normal((rows, columns)).astype(np.float32).view(np.uint8)
     found = generator.integers(0, 256, (rows * columns // values, size), dtype=np.uint8)
     for at in gguf_blocks.HALVES[name]:
         exponents = found[:, at + 1]
@@ -99,7 +102,7 @@ def test_kernels_have_the_definitions_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["Q8_0", "Q5_1", "Q4_K"])
+@pytest.mark.parametrize("name", ["F32", "Q8_0", "Q5_1", "Q4_K"])
 def test_rounding_to_wide_types(name: str, dtype: torch.dtype, ops: Any) -> None:
     weight = weight_of(random_blocks(name, ROWS, 256), name)
     wide, found = (torch.empty(ROWS, 256, dtype=kind, device=DEVICE) for kind in (None, dtype))

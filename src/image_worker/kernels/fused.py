@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from image_worker.kernels import gguf, gguf_blocks, int8, nf4, products, reference
+from image_worker.kernels import gguf, int8, nf4, products
 from image_worker.kernels.reference import EPSILON, Activation, Quantised, streams
 from image_worker.kernels.rounding import factor_of_token, rounded, store_rounded
 
@@ -129,10 +129,7 @@ def decode_nf4(weight: Nf4Weight, into: Tensor, row_scales: Tensor | None = None
 
 def decode_gguf(weight: GgufWeight, into: Tensor, row_scales: Tensor | None = None) -> None:
     """As `reference.decode_gguf`."""
-    if weight.tensor_type in gguf_blocks.NUMBERS:  # which are only rounded
-        reference.decode_gguf(weight, into, row_scales)
-    else:
-        gguf.decode(weight, into, row_scales)
+    gguf.decode(weight, into, row_scales)
 
 
 def _to_quantised(x: Tensor, places: Tensor | None, round_to: torch.dtype) -> Quantised:

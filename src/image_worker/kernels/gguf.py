@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from image_worker.kernels.gguf_blocks import NUMBERS
 from image_worker.kernels.rounding import rounded
 
 if TYPE_CHECKING:
@@ -27,17 +28,16 @@ LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def decode(weight: GgufWeight, into: Tensor, row_scales: Tensor | None) -> None:
-    """As `reference.decode_gguf`, of quantised types. into: contiguous."""
+    """As `reference.decode_gguf`. into: contiguous."""
     values, size = weight.block
     blocks = into.numel() // values
-    kernel, constants = launch_of(weight.tensor_type)
-    kernel[(triton.cdiv(blocks * values, VALUES),)](
-        weight.data.view(torch.int16),
+    kernel, constants = launch_of(weight.tensor_type, size)
+    kernel[(triton.cdiv(into.numel(), VALUES),)](
+        weight.data.view(NUMBERS.get(weight.tensor_type, torch.int16)),
         weight.data if row_scales is None else row_scales,
         into,
         blocks,
         into.shape[1] // values,
-        SIZE=size,
         SCALED=row_scales is not None,
         RUN=VALUES // values,
         **constants,
@@ -45,14 +45,35 @@ def decode(weight: GgufWeight, into: Tensor, row_scales: Tensor | None) -> None:
     )
 
 
-def launch_of(tensor_type: str) -> tuple[Any, dict[str, int]]:
-    """The kernel for a type, and what it has to know of it."""
+def launch_of(tensor_type: str, size: int) -> tuple[Any, dict[str, int]]:
+    """The kernel for a type whose blocks have `size` bytes, and what it has to know of it."""
+    if tensor_type in NUMBERS:
+        return _numbers_kernel, {}
     if tensor_type == "Q8_0":
-        return _q8_kernel, {}
+        return _q8_kernel, {"SIZE": size}
     bits = int(tensor_type[1])
     if tensor_type.endswith("_K"):
-        return _k_kernel, {"BITS": bits, "PARTS": 8 if bits in (4, 5) else 16}
-    return _q4_q5_kernel, {"BITS": bits, "OFFSET": tensor_type.endswith("_1")}
+        return _k_kernel, {"SIZE": size, "BITS": bits, "PARTS": 8 if bits in (4, 5) else 16}
+    return _q4_q5_kernel, {"SIZE": size, "BITS": bits, "OFFSET": tensor_type.endswith("_1")}
+
+
+@triton.jit
+def _numbers_kernel(  # type: ignore[no-untyped-def]
+    numbers,
+    row_scales,
+    into,
+    count,
+    columns,
+    SCALED: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """What is not coded, and stands among weights that are."""
+    place = tl.program_id(0) * RUN + tl.arange(0, RUN)
+    inside = place < count
+    value = tl.load(numbers + place, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        value /= tl.load(row_scales + place // columns, mask=inside, other=1.0)
+    tl.store(into + place, rounded(value, into.dtype.element_ty), mask=inside)
 
 
 @triton.jit

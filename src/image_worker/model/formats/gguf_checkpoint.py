@@ -198,7 +198,8 @@ def _named(file: GgufFile) -> dict[str, GgufTensor]:
         shape = file.metadata.get(_RESHAPED + tensor.name, tensor.shape)
         if not _is_shape(shape) or math.prod(shape) != math.prod(tensor.shape):
             raise ModelMismatch(
-                f"{file.path.name}: {tensor.name} of shape {tensor.shape} was {shape}, it says"
+                f"{file.path.name}: {tensor.name} is of shape {tensor.shape}, and by its metadata "
+                f"it was of {str(shape)[:80]}"
             )
         if shape and shape[-1] % tensor.block[0]:
             raise ModelMismatch(
