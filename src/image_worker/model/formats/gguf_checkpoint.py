@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,8 @@ class GgufCheckpoint:
         self.others: Set[str] = shapes.keys() - {
             f"{path}.{leaf}" for path in linears for leaf in ("weight", "bias")
         }
+        self.label = _label([self._tensors[f"{path}.weight"] for path in linears])
         self.lightning_steps = _lightning_steps(self._file)
-
-    @functools.cached_property
-    def label(self) -> str:
-        """GGUF and its layers' types, most bytes first."""
-        sizes: Counter[str] = Counter()
-        for path in self.linears:
-            tensor = self._tensors[f"{path}.weight"]
-            sizes[tensor.type] += tensor.size
-        return "GGUF " + "/".join(name for name, _ in sizes.most_common())
 
     def linear(self, path: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """As of `Checkpoint`."""
@@ -222,6 +214,14 @@ def _without_prefix(name: str) -> str:
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     return name
+
+
+def _label(weights: Iterable[GgufTensor]) -> str:
+    """GGUF and its layers' types, most bytes first."""
+    sizes: Counter[str] = Counter()
+    for tensor in weights:
+        sizes[tensor.type] += tensor.size
+    return "GGUF " + "/".join(name for name, _ in sizes.most_common())
 
 
 def _lightning_steps(file: GgufFile) -> int | None:
