@@ -55,6 +55,12 @@ WANTED = {
     "to_add_out": "Q5_1",
     "_mod.1": "Q8_0",
 }
+PLAIN = (
+    "transformer_blocks.0.attn.to_out.0",
+    *(f"transformer_blocks.1.{part}" for part in ("attn", "img_mlp", "txt_mlp")),
+    "img_in",
+    "proj_out",
+)
 Tensors = dict[str, tuple[Any, str]]
 
 
@@ -64,14 +70,10 @@ def mixed(name: str, columns: int) -> str:
     path, _, leaf = name.rpartition(".")
     if leaf == "bias" or "norm" in path.rpartition(".")[2]:
         return "F32"
-    plain = ("transformer_blocks.0.attn.to_out.0", "transformer_blocks.1.attn", *PLAIN)
-    if path.startswith(plain) and "_mod." not in path:
+    if path.startswith(PLAIN):
         return "BF16"
     wanted = (kind for end, kind in WANTED.items() if path.endswith(end))
     return ggml.possible(next(wanted, "Q4_K"), columns)
-
-
-PLAIN = ("transformer_blocks.1.img_mlp", "transformer_blocks.1.txt_mlp", "img_in", "proj_out")
 
 
 @functools.cache
@@ -89,14 +91,14 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> GgufCheckpoint:
     return GgufCheckpoint(ggml.write(path, tensors), MINI_CONFIG)
 
 
-def tiny(**changes: tuple[Any, str]) -> Tensors:
-    """Random tensors, of which some are others; names have __ for dots."""
+@functools.cache
+def tiny() -> Tensors:
+    """Random tensors, all of them in F16."""
     generator = np.random.default_rng(0)
-    made: Tensors = {
+    return {
         name: (generator.standard_normal(shape).astype(np.float32) / 16, "F16")
         for name, shape in expected(TINY)[1].items()
     }
-    return made | {name.replace("__", "."): change for name, change in changes.items()}
 
 
 def written(folder: Path, tensors: Mapping[str, tuple[Any, str]], **options: Any) -> Path:
