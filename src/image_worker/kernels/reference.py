@@ -16,6 +16,7 @@ from torch.nn import functional
 
 if TYPE_CHECKING:
     from image_worker.model.formats.nf4 import Nf4Weight
+    from image_worker.model.formats.svdq import SvdqWeight
 
 EPSILON = 1e-6  # of every norm in this architecture
 FP8 = torch.float8_e4m3fn
@@ -270,3 +271,11 @@ def decode_nf4(weight: Nf4Weight, into: Tensor, row_scales: Tensor | None = None
         values = pairs.index_select(0, codes).view(torch.float32).view(-1, 64)
         values *= scales[piece].view(-1, 1)
         into[piece] = round_values(values, into.dtype).view(-1, into.shape[1])
+
+
+def decode_svdq(weight: SvdqWeight, into: Tensor, row_scales: Tensor | None = None) -> None:
+    """The weights into (rows, columns), as `decode_nf4`."""
+    for rows, piece in weight.pieces():
+        if row_scales is not None:
+            piece /= row_scales[rows]
+        into[rows] = round_values(piece, into.dtype)
