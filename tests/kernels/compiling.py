@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from image_worker.kernels import fused, int8, nf4, products
+from image_worker.kernels import fused, int8, nf4, products, svdq
 
 BF16, FP16, FP8, INT8, FP32 = "*bf16", "*fp16", "*fp8e4nv", "*i8", "*fp32"
 INT, INDEX, BYTES, INT32 = "i32", "*i64", "*u8", "*i32"
@@ -41,6 +41,12 @@ DECODE_ROUNDED = {
     "found": INT32,
 } | dict.fromkeys(("rows", "blocks", "layer_rows", "layer_stride"), INT)
 DECODE_SIZES = {"ROWS": nf4._ROWS, "BLOCKS": nf4._BLOCKS, "WORDS": nf4._WORDS}
+SVDQ = {"codes": BYTES, "scales": BF16, "inverse": FP32, "down": BF16, "up": BF16} | {
+    "row_scales": FP32,
+    "into": BF16,
+    **dict.fromkeys(("height", "groups"), INT),
+}
+SVDQ_SIZES = svdq.SIZES | {"RANK": 128}
 MULTIPLY = {"x": INT8, "x_scales": FP32, "weight": INT8, "scales": FP32, "bias": BF16} | {
     "into": BF16,
     **dict.fromkeys(("tokens", "rows", "columns", "stride"), INT),
@@ -56,7 +62,13 @@ PRODUCTS = {
         ("before", "text_tokens", "tokens", "rows", "columns", "tiles", "group", "programs"), INT
     ),
 }
-ALIGNED = ("rows", "columns", "stride")  # of numbers, those that are multiples of 16
+ALIGNED = (
+    "rows",
+    "columns",
+    "stride",
+    "height",
+    "groups",
+)  # of numbers, those that are multiples of 16
 LEAST_FOR_FP8, HOPPER = 89, 90
 
 Kernel = tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
@@ -73,8 +85,12 @@ def kernels(capability: int) -> Iterator[Kernel]:
         yield fused._quantise_kernel, quantise, {"GATHER": True, "BLOCK": 4096}, {"num_warps": 4}
         flags = DECODE_SIZES | {"INT8": values == INT8}
         yield nf4._decode_rounded_kernel, DECODE_ROUNDED, flags, {"num_warps": 4}
+        flags = SVDQ_SIZES | {"ROUND": True}
+        yield svdq._svdq_kernel, SVDQ | {"into": values}, flags, svdq.LAUNCH
     for into in (BF16, FP16):
         yield nf4._decode_kernel, DECODE | {"into": into}, {"RUN": nf4._RUN}, nf4.LAUNCH
+        flags = SVDQ_SIZES | {"ROUND": False}
+        yield svdq._svdq_kernel, SVDQ | {"row_scales": into, "into": into}, flags, svdq.LAUNCH
     flags = FLAGS | {"ROUND": False, "BLOCK": 4096}
     yield fused._norm_kernel, NORM | {"values": BF16, "scales": BF16}, flags, {"num_warps": 4}
     yield (

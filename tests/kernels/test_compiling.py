@@ -16,7 +16,7 @@ from image_worker.kernels.cuda import compiled
 pytestmark = pytest.mark.long
 
 # Kernels: those of int8, from 8.9 on those of FP8, and Hopper's own; KiB that a program may share.
-CARDS = {"80": (10, 163), "89": (14, 99), "90": (16, 227), "120": (14, 99)}
+CARDS = {"80": (13, 163), "89": (18, 99), "90": (20, 227), "120": (18, 99)}
 
 
 @pytest.fixture(scope="module")

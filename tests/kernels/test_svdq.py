@@ -40,10 +40,10 @@ def layer(
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    parts = [noise(rows, columns // 64), noise(1, columns).exp()]
-    parts += [0.3 * noise(1, rank, columns), noise(rows, rank)]
     codes = torch.randint(256, (rows, columns // 2), generator=generator, dtype=torch.uint8)
-    return SvdqWeight(codes, *(part.to(dtype) for part in parts)).to(DEVICE)
+    scales, inverse = noise(rows, columns // 64).to(dtype), noise(1, columns).exp()
+    down, up = (part.to(dtype) for part in (0.3 * noise(1, rank, columns), noise(rows, rank)))
+    return SvdqWeight(codes, scales, inverse, down, up).to(DEVICE)
 
 
 def stacked(layers: int, *shape: int, dtype: torch.dtype = torch.bfloat16) -> SvdqWeight:
@@ -55,9 +55,9 @@ def expected(weight: SvdqWeight) -> Tensor:
     codes = torch.stack([weight.codes & 15, weight.codes >> 4], dim=-1).flatten(1).double()
     signed = torch.where(codes > 7, codes - 16, codes)
     values = signed * weight.scales.double().repeat_interleave(64, dim=1)
-    height = len(codes) // len(weight.smooth)
-    values /= weight.smooth.double().repeat_interleave(height, dim=0)
-    up = weight.up.double().view(len(weight.smooth), height, -1)
+    height = len(codes) // len(weight.inverse)
+    values *= weight.inverse.double().repeat_interleave(height, dim=0)
+    up = weight.up.double().view(len(weight.inverse), height, -1)
     return values + (up @ weight.down.double()).flatten(0, 1)
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from image_worker.model.formats.svdq import SvdqWeight
 
 # Of a tile: rows; groups of 64 columns; how much of the rank is multiplied at a time.
-SIZES = {"ROWS": 128, "GROUPS": 2, "DEPTH": 32}
-LAUNCH = {"num_warps": 8}
+SIZES = {"ROWS": 128, "GROUPS": 1, "DEPTH": 32}
+LAUNCH = {"num_warps": 4}
 # Triton's interpreter multiplies no bf16.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -30,10 +30,10 @@ def decode(weight: SvdqWeight, into: Tensor, row_scales: Tensor | None) -> None:
     layers, rank, columns = weight.down.shape
     height, groups = len(weight.codes) // layers, columns // 64
     tiles = triton.cdiv(groups, SIZES["GROUPS"]), layers * triton.cdiv(height, SIZES["ROWS"])
-    _decode_kernel[tiles](
+    _svdq_kernel[tiles](
         weight.codes,
         weight.scales,
-        weight.smooth,
+        weight.inverse,
         weight.down,
         weight.up,
         into if row_scales is None else row_scales,
@@ -48,10 +48,10 @@ def decode(weight: SvdqWeight, into: Tensor, row_scales: Tensor | None) -> None:
 
 
 @triton.jit
-def _decode_kernel(  # type: ignore[no-untyped-def]
+def _svdq_kernel(  # type: ignore[no-untyped-def]
     codes,
     scales,
-    smooth,
+    inverse,
     down,
     up,
     row_scales,
@@ -88,14 +88,14 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     code = tl.load(codes + row * groups * 32 + pair[None, :], inside, 0).to(tl.int32)
     group = first + tl.arange(0, GROUPS)[None, :]
     scale = tl.load(scales + row * groups + group, is_row & (group < groups), 0.0).to(tl.float32)
+    if ROUND:
+        factor = 1 / tl.load(row_scales + row, is_row, 1.0)
+        even, odd, scale = even * factor, odd * factor, scale * factor
     scale = tl.broadcast_to(scale[:, :, None], (ROWS, GROUPS, 32))
     scale = tl.reshape(scale, (ROWS, GROUPS * 32))
-    at = smooth + layer * groups * 64 + 2 * pair[None, :]
-    even += _signed(code & 15) * scale / tl.load(at, is_pair[None, :], 1.0).to(tl.float32)
-    odd += _signed(code >> 4) * scale / tl.load(at + 1, is_pair[None, :], 1.0).to(tl.float32)
-    if ROUND:
-        factor = tl.load(row_scales + row, is_row, 1.0)
-        even, odd = even / factor, odd / factor
+    at = inverse + layer * groups * 64 + 2 * pair[None, :]
+    even += _signed(code & 15) * scale * tl.load(at, is_pair[None, :], 0.0)
+    odd += _signed(code >> 4) * scale * tl.load(at + 1, is_pair[None, :], 0.0)
 
     dtype = into.dtype.element_ty
     both = tl.reshape(tl.join(rounded(even, dtype), rounded(odd, dtype)), (ROWS, GROUPS * 64))

@@ -113,11 +113,11 @@ class NunchakuCheckpoint:
             tensor[number * rows : (number + 1) * rows].clone()
             for tensor in _plain_rows(parts, count * rows, columns, device)
         )
-        smooth = fragments.vector(parts["smooth_factor"].to(device), columns)
-        if not torch.isfinite(1 / smooth.float()).all():
+        inverse = 1 / fragments.vector(parts["smooth_factor"].to(device), columns).float()
+        if not torch.isfinite(inverse).all():
             raise ModelMismatch(f"{source}.smooth_factor of {self._file.path.name} has zeros")
         down = fragments.down(parts["proj_down"].to(device), columns)
-        weight = SvdqWeight(codes, scales, smooth[None], down[None], up)
+        weight = SvdqWeight(codes, scales, inverse[None], down[None], up)
         bias = bias.float()
         return weight, bias + SHIFT * _sums_of_rest(weight) if _SHIFTED.fullmatch(path) else bias
 
@@ -132,7 +132,7 @@ class NunchakuCheckpoint:
         weight = SvdqWeight(
             empty("qweight", rows, columns // 2),
             empty("wscales", rows, columns // fragments.GROUP),
-            empty("smooth_factor", 1, columns),
+            torch.empty(1, columns, dtype=torch.float32, device="meta"),
             empty("proj_down", 1, rank, columns),
             empty("proj_up", rows, rank),
         )
@@ -158,7 +158,7 @@ def _plain_rows(
 def _sums_of_rest(weight: SvdqWeight) -> Tensor:
     """Each row's sum of what is in int4, (rows) float32."""
     no_rank = weight.down[:, :0], weight.up[:, :0]
-    rest = SvdqWeight(weight.codes, weight.scales, weight.smooth, *no_rank)
+    rest = SvdqWeight(weight.codes, weight.scales, weight.inverse, *no_rank)
     return torch.cat([piece.sum(dim=1, dtype=torch.float64) for _, piece in rest.pieces()]).float()
 
 

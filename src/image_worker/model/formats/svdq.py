@@ -23,19 +23,19 @@ _PIECE = 1024  # rows at a time in 32 bits: cards are planned without room for a
 class SvdqWeight(Coded):
     """Weights (rows, columns) of layers of one shape, one layer below the other.
 
-    A weight is code · scale / smooth + up · down. codes (rows, columns / 2) uint8: of two signed
-    4-bit values each, the earlier one's in the lower half; scales (rows, columns / 64); smooth
-    (layers, columns); down (layers, rank, columns), up (rows, rank), which are of one type. All
-    but the codes are bf16, fp16 or float32.
+    A weight is code · scale · inverse + up · down. codes (rows, columns / 2) uint8: of two signed
+    4-bit values each, the earlier one's in the lower half; scales (rows, columns / 64); inverse
+    (layers, columns) float32: 1 over what inputs are divided by; down (layers, rank, columns) and
+    up (rows, rank), which are of one type. That and the scales' is bf16, fp16 or float32.
     """
 
     def __init__(
-        self, codes: Tensor, scales: Tensor, smooth: Tensor, down: Tensor, up: Tensor
+        self, codes: Tensor, scales: Tensor, inverse: Tensor, down: Tensor, up: Tensor
     ) -> None:
         super().__init__()
         self.codes = nn.Buffer(codes)
         self.scales = nn.Buffer(scales)
-        self.smooth = nn.Buffer(smooth)
+        self.inverse = nn.Buffer(inverse)
         self.down = nn.Buffer(down)
         self.up = nn.Buffer(up)
 
@@ -48,8 +48,7 @@ class SvdqWeight(Coded):
     @property
     def kind(self) -> Hashable:
         """As of `Coded`: the rank and all types."""
-        types = (self.scales.dtype, self.smooth.dtype, self.down.dtype)
-        return type(self), self.up.shape[1], *types
+        return type(self), self.up.shape[1], self.scales.dtype, self.up.dtype
 
     @classmethod
     def stacked(cls, weights: Sequence[Self]) -> Self:
@@ -57,7 +56,7 @@ class SvdqWeight(Coded):
         return cls(
             joined([weight.codes for weight in weights]),
             joined([weight.scales for weight in weights]),
-            joined([weight.smooth for weight in weights]),
+            joined([weight.inverse for weight in weights]),
             joined([weight.down for weight in weights]),
             joined([weight.up for weight in weights]),
         )
@@ -74,16 +73,16 @@ class SvdqWeight(Coded):
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """The weights in float32, and which rows they are: some rows of one layer at a time."""
         pairs = _pairs(self.codes.device)
-        layers, columns = self.smooth.shape
+        layers, columns = self.inverse.shape
         height = len(self.codes) // layers
         for layer in range(layers):
-            smooth, down = self.smooth[layer].float(), self.down[layer].float()
+            down = self.down[layer].float()
             for first in range(layer * height, (layer + 1) * height, _PIECE):
                 rows = slice(first, min(first + _PIECE, (layer + 1) * height))
                 values = pairs.index_select(0, self.codes[rows].int().flatten())
                 piece = values.view(torch.float32).view(-1, GROUP)
                 piece *= self.scales[rows].float().view(-1, 1)
-                piece = piece.view(-1, columns).div_(smooth)
+                piece = piece.view(-1, columns).mul_(self.inverse[layer])
                 yield rows, piece.add_(self.up[rows].float() @ down)
 
 
