@@ -1,7 +1,8 @@
 """SVDQuant: a low-rank part in 16 bits, and what it leaves in int4 (Li et al., 2024).
 
 Inputs are smoothed, too: each channel is divided by a factor, and its weights are multiplied by it
-before they are rounded. nunchaku's files are of this kind (`nunchaku.py`).
+before they are rounded. nunchaku's files are of this kind (`nunchaku.py`); `decomposition.py` finds
+all that for a weight of 16 bits.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from image_worker.errors import ModelMismatch
 from image_worker.kernels import operations
-from image_worker.model.formats.coded import Coded
+from image_worker.model.formats.coded import Coded, CodedLinear
+from image_worker.model.formats.decomposition import GROUP, decompose
 from image_worker.model.packed import joined
 
-GROUP = 64  # weights of a row that share a scale
+RANK = 32  # of low-rank parts that are made here, as in most published files
 _PIECE = 1024  # rows at a time in 32 bits: cards are planned without room for all of them
 
 
@@ -94,3 +97,55 @@ def _pairs(device: torch.device) -> Tensor:
     values = (torch.arange(16, device=device) ^ 8) - 8
     lower = values.float().expand(16, 16)
     return torch.stack([lower, lower.t()], dim=2).view(torch.int64).flatten()
+
+
+def encode(
+    weight: Tensor,
+    bias: bool,  # noqa: ARG001
+    dtype: torch.dtype,  # noqa: ARG001
+    *,
+    rank: int = RANK,
+    ranges: Tensor | None = None,
+) -> nn.Module:
+    """A layer that holds `weight` (out, in), quantised on the device it is on.
+
+    rank: of the low-rank part, if the weight has as many rows and columns; ranges (in): the largest
+    absolute values of inputs, by which they are smoothed, or None.
+
+    Raises:
+        ModelMismatch: its rows cannot be cut into groups.
+    """
+    rows, columns = weight.shape
+    if columns % GROUP:
+        raise ModelMismatch(
+            f"SVDQuant stores rows of a multiple of {GROUP} weights, not of {columns}"
+        )
+    found = decompose(weight, min(rank, rows, columns), ranges)
+    return CodedLinear(
+        SvdqWeight(found.codes, found.scales, found.inverse[None], found.down[None], found.up)
+    )
+
+
+def empty(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa: ARG001
+    """The same layer, its tensors on the meta device."""
+    rank = min(RANK, rows, columns)
+
+    def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return CodedLinear(
+        SvdqWeight(
+            numbers(rows, columns // 2, dtype=torch.uint8),
+            numbers(rows, columns // GROUP),
+            numbers(1, columns, dtype=torch.float32),
+            numbers(1, rank, columns),
+            numbers(rows, rank),
+        )
+    )
+
+
+def size(rows: int, columns: int) -> int:
+    """Bytes: half a byte a value, two a group and a number of a factor, four a column."""
+    rank = min(RANK, rows, columns)
+    groups = rows * columns // GROUP
+    return rows * columns // 2 + 2 * groups + 2 * rank * (rows + columns) + 4 * columns
