@@ -72,6 +72,14 @@ def pack_scales(scales: Tensor) -> Tensor:
     return put(scales, at).view(groups, -1)
 
 
+def pack_group_scales(scales: Tensor) -> Tensor:
+    """As `pack_scales`, with an even number of groups, or of one group a number for each row."""
+    rows, groups = scales.shape
+    if groups == 1:
+        return pack_vector(scales[:, 0], 1)
+    return pack_scales(filled(scales, rows, up_to(groups, 2), value=1))
+
+
 def pack_vector(vector: Tensor, value: float = 0) -> Tensor:
     padded = filled(vector, up_to(len(vector), 128), value=value)
     return pack_scales(padded[:, None])[0]
@@ -154,7 +162,7 @@ class Writer:
         bias = self._noise(rows)
         packed = {
             "qweight": pack_codes(codes),
-            "wscales": pack_scales(filled(scales, rows, up_to(columns // 64, 2), value=1)),
+            "wscales": pack_group_scales(scales),
             "smooth_factor": pack_vector(smooth, 1),
             "smooth_factor_orig": pack_vector(smooth, 1),
             "bias": pack_vector(bias),

@@ -6,6 +6,7 @@ what diffusers' module makes of that.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -165,11 +166,17 @@ def test_low_rank_factors_of_any_shape(channels: int, rank: int) -> None:
     assert torch.equal(found, down)
 
 
-@pytest.mark.parametrize(("rank", "dtype"), [(48, torch.bfloat16), (24, torch.float16)])
-def test_a_file_whose_layers_fill_no_tiles(rank: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    made = Writer(SMALL, rank, dtype)
+@pytest.mark.parametrize(
+    ("heads", "rank", "dtype"),
+    [(3, 48, torch.bfloat16), (3, 24, torch.float16), (1, 16, torch.bfloat16)],
+)
+def test_a_file_whose_layers_fill_no_tiles(
+    heads: int, rank: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(SMALL, num_attention_heads=heads)
+    made = Writer(config, rank, dtype)
     found = checkpoint(made.write(tmp_path / "made.safetensors"))
-    assert found.config == SMALL
+    assert found.config == config
     assert found.label == f"SVDQuant int4, rank {rank}"
     for path, expected in made.weights.items():
         weight, bias = found.full(path)

@@ -19,6 +19,8 @@ from tests.model.nunchaku_files import QUANTISATION
 from tests.model.test_nunchaku import CPU, EFFECTIVE, FILE, META, checkpoint
 
 QKV = "transformer_blocks.1.attn.to_qkv"
+with safe_open(FILE, "pt") as opened:
+    CONFIG: dict[str, Any] = json.loads(opened.metadata()["config"])
 FP4 = QUANTISATION | {
     "weight": {"dtype": "fp4_e2m1_all", "scale_dtype": [None, "fp8_e4m3_nan"], "group_size": 16}
 }
@@ -53,6 +55,17 @@ def unchanged(tensors: dict[str, Tensor]) -> None:
         ("config", None, "has no config in its metadata"),
         ("config", {"_class_name": "FluxTransformer2DModel"}, "is 'FluxTransformer2DModel'"),
         ("config", {"num_layers": 2}, "configuration is damaged"),
+        ("config", CONFIG | {"num_layers": 10**12}, "num_layers of .* expected 1 to 149"),
+        ("config", CONFIG | {"num_layers": float("inf")}, "configuration is damaged"),
+        ("config", CONFIG | {"num_attention_heads": 10**9}, "expected 1 to 65536"),
+        ("config", CONFIG | {"num_attention_heads": -4}, "expected 1 to 65536"),
+        ("config", CONFIG | {"num_attention_heads": 3}, "width of .* is 96, expected a multiple"),
+        (
+            "config",
+            CONFIG | {"num_layers": 1},
+            "faults, the first: transformer_blocks.1.*not known",
+        ),
+        ("config", CONFIG | {"num_layers": 3}, "faults, the first: transformer_blocks.2.*missing"),
     ],
 )
 def test_other_metadata_are_refused(name: str, value: Any, complaint: str, tmp_path: Path) -> None:

@@ -85,10 +85,10 @@ def _factor_tiles(packed: Tensor) -> Tensor:
 def awq_codes(packed: Tensor) -> Tensor:
     """Unsigned 4-bit values, (rows, columns) uint8, from int32 (rows / 4, columns / 2).
 
-    Words of 16 bits have weights that are 8 apart, and 64 columns of four rows stand together.
+    Words of 16 bits have four weights that are 8 apart, and 64 columns of four rows stand together.
     """
     rows, columns = 4 * packed.shape[0], 2 * packed.shape[1]
-    runs = packed.view(torch.uint8).view(rows // 4, columns // 64, 4, 32)
+    runs = packed.view(torch.uint8).view(rows // 4, columns // GROUP, 4, 32)
     pairs = runs.permute(0, 2, 1, 3).reshape(rows, columns // 32, 8, 2)
     values = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(3)
     return values.transpose(2, 3).reshape(rows, columns)

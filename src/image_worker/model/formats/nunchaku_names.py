@@ -25,6 +25,7 @@ _FUSED = {
 }
 _UNUSED = "smooth_factor_orig"  # which the smoothing was before it was rounded
 _SHOWN = 3  # of the faults that an error names
+_LARGEST = 2**16  # of a model's widths: more is no model
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -68,13 +69,33 @@ def quantisation(file: TensorFile) -> Quantisation:
     rank = known.get("rank")
     if rank is not None and (type(rank) is not int or rank < 1):
         raise ModelMismatch(f"rank of {file.path.name} is {rank!r}, expected a number from 1 on")
-    return Quantisation(TransformerConfig.parse(config), rank)
+    parsed = TransformerConfig.parse(config)
+    _check_sizes(file, parsed)
+    return Quantisation(parsed, rank)
+
+
+def _check_sizes(file: TensorFile, config: TransformerConfig) -> None:
+    """So that a model of these can be laid out, which is compared with the file then."""
+    sizes = {
+        "num_layers": (config.num_layers, len(file.parts)),
+        "num_attention_heads": (config.num_attention_heads, _LARGEST),
+        "attention_head_dim": (config.attention_head_dim, _LARGEST),
+        "joint_attention_dim": (config.joint_attention_dim, _LARGEST),
+        "in_channels": (config.in_channels, _LARGEST),
+    }
+    for name, (found, most) in sizes.items():
+        if not 1 <= found <= most:
+            raise ModelMismatch(f"{name} of {file.path.name} is {found}, expected 1 to {most}")
+    if config.width % GROUP:
+        raise ModelMismatch(
+            f"the width of {file.path.name} is {config.width}, expected a multiple of {GROUP}"
+        )
 
 
 def _json(file: TensorFile, key: str) -> dict[str, Any]:
     try:
         found = json.loads(file.metadata[key])
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise ModelMismatch(
             f"{file.path.name} has no {key} in its metadata, or none in JSON"
         ) from error
