@@ -58,6 +58,7 @@ def unchanged(tensors: dict[str, Tensor]) -> None:
         ("config", CONFIG | {"num_layers": 10**12}, "num_layers of .* expected 1 to 149"),
         ("config", CONFIG | {"num_layers": float("inf")}, "configuration is damaged"),
         ("config", CONFIG | {"num_attention_heads": 10**9}, "expected 1 to 65536"),
+        ("config", CONFIG | {"num_attention_heads": 2**14}, "the width of .* is 524288, expected"),
         ("config", CONFIG | {"num_attention_heads": -4}, "expected 1 to 65536"),
         ("config", CONFIG | {"num_attention_heads": 3}, "width of .* is 96, expected a multiple"),
         (

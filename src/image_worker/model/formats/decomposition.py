@@ -68,7 +68,7 @@ def _decompose(
     """Rounds after the first count where they make it better."""
     inverse = 1 / smooth
     importance = inverse if ranges is None else inverse * ranges
-    smoothed = weight * smooth
+    smoothed = weight if ranges is None else weight * smooth
     rest = torch.zeros_like(smoothed)
     best: Parts | None = None
     for _ in range(rounds):

@@ -82,6 +82,7 @@ def _check_sizes(file: TensorFile, config: TransformerConfig) -> None:
         "attention_head_dim": (config.attention_head_dim, _LARGEST),
         "joint_attention_dim": (config.joint_attention_dim, _LARGEST),
         "in_channels": (config.in_channels, _LARGEST),
+        "the width": (config.width, _LARGEST),
     }
     for name, (found, most) in sizes.items():
         if not 1 <= found <= most:
