@@ -50,7 +50,7 @@ def test_an_empty_value_is_unset() -> None:
     ("variable", "value", "allowed"),
     [
         ("MODEL", "edit-2510", "edit-2509"),
-        ("PRECISION_MODE", "fp4", "bf16, fp8, 8bit, 4bit"),
+        ("PRECISION_MODE", "fp4", "bf16, fp8, 8bit, svdq, 4bit"),
         ("LIGHTNING_STEPS", "5", "4, 8"),
         ("LIGHTNING_STEPS", "eight", "4, 8"),
         ("USE_LIGHTNING_LORA", "maybe", "1 or 0"),

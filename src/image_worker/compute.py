@@ -19,6 +19,7 @@ POSSIBLE: dict[Precision, tuple[Compute, ...]] = {
     "bf16": ("bf16",),
     "fp8": ("bf16", "fp8"),
     "8bit": ("bf16", "int8"),
+    "svdq": ("bf16", "fp8", "int8"),
     "4bit": ("bf16", "fp8", "int8"),
 }
 # The first that the card's compute capability is enough for. int8 is there to be asked for: of the
@@ -27,6 +28,7 @@ AUTOMATIC: dict[Precision, tuple[tuple[Capability, Compute], ...]] = {
     "bf16": (((0, 0), "bf16"),),
     "fp8": (((8, 9), "fp8"), ((0, 0), "bf16")),
     "8bit": (((0, 0), "bf16"),),
+    "svdq": (((8, 9), "fp8"), ((0, 0), "bf16")),
     "4bit": (((8, 9), "fp8"), ((0, 0), "bf16")),
 }
 

@@ -19,7 +19,7 @@ from image_worker.compute import POSSIBLE
 from image_worker.errors import InvalidSettings
 
 ModelName = Literal["auto", "edit-2509", "edit-2511", "edit", "image", "image-2512", "mini"]
-Precision = Literal["bf16", "fp8", "8bit", "4bit"]
+Precision = Literal["bf16", "fp8", "8bit", "svdq", "4bit"]
 
 
 def _number_in_text(value: object) -> object:
@@ -78,19 +78,20 @@ class Settings(BaseSettings):
         le=86_400,
         description="how long downloads are tried without a byte arriving, in seconds",
     )
-    precision_mode: Literal["auto", "bf16", "fp8", "8bit", "4bit"] = Field(
+    precision_mode: Literal["auto", "bf16", "fp8", "8bit", "svdq", "4bit"] = Field(
         "auto", description="how weights are stored on the card; auto picks by free memory"
     )
     quantize_components: Literal["all", "text"] = Field(
-        "all", description="what fp8, 8bit and 4bit apply to: everything, or the text encoder alone"
+        "all",
+        description="what fp8, 8bit, svdq and 4bit apply to: everything, or the text encoder alone",
     )
     bnb_compute: Literal["bf16", "fp16"] = Field(
         "bf16", description="the type in which the model computes"
     )
     compute: Literal["auto", "bf16", "fp8", "int8"] = Field(
         "auto",
-        description="what the transformer multiplies 4bit, 8bit and fp8 weights in: fp8, int8, or "
-        "the type of BNB_COMPUTE; auto is by weights and card",
+        description="what the transformer multiplies weights in few bits in: fp8, int8, or the "
+        "type of BNB_COMPUTE; auto is by weights and card",
     )
     attention: Literal["auto", "bf16", "int8"] = Field(
         "auto",

@@ -63,6 +63,8 @@ def test_bf16_equals_stock_alone_and_in_company(model: Any, int8_attention: bool
         ("fp8", "fp8", True),
         ("8bit", "int8", False),
         ("8bit", "int8", True),
+        ("svdq", "bf16", False),
+        ("svdq", "fp8", False),
         ("4bit", "bf16", False),
         ("4bit", "fp8", False),
         ("4bit", "fp8", True),

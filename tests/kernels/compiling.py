@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from image_worker.kernels import fused, gguf, int8, nf4, products
+from image_worker.kernels import fused, gguf, int8, nf4, products, svdq
 from tests.ggml import block_of
 
 BF16, FP16, FP8, INT8, FP32 = "*bf16", "*fp16", "*fp8e4nv", "*i8", "*fp32"
@@ -44,6 +44,12 @@ DECODE_ROUNDED = {
 DECODE_SIZES = {"ROWS": nf4._ROWS, "BLOCKS": nf4._BLOCKS, "WORDS": nf4._WORDS}
 # One for each way through these kernels; on Hopper all are compiled, elsewhere the first.
 GGUF_TYPES = ("Q6_K", "Q8_0", "Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "F16")
+SVDQ = {"codes": BYTES, "scales": BF16, "inverse": FP32, "down": BF16, "up": BF16} | {
+    "row_scales": FP32,
+    "into": BF16,
+    **dict.fromkeys(("height", "groups"), INT),
+}
+SVDQ_SIZES = svdq.SIZES | {"RANK": 128}
 MULTIPLY = {"x": INT8, "x_scales": FP32, "weight": INT8, "scales": FP32, "bias": BF16} | {
     "into": BF16,
     **dict.fromkeys(("tokens", "rows", "columns", "stride"), INT),
@@ -59,7 +65,13 @@ PRODUCTS = {
         ("before", "text_tokens", "tokens", "rows", "columns", "tiles", "group", "programs"), INT
     ),
 }
-ALIGNED = ("rows", "columns", "stride")  # of numbers, those that are multiples of 16
+ALIGNED = (
+    "rows",
+    "columns",
+    "stride",
+    "height",
+    "groups",
+)  # of numbers, those that are multiples of 16
 LEAST_FOR_FP8, HOPPER = 89, 90
 
 Kernel = tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
@@ -77,10 +89,14 @@ def kernels(capability: int) -> Iterator[Kernel]:
         flags = DECODE_SIZES | {"INT8": values == INT8}
         yield nf4._decode_rounded_kernel, DECODE_ROUNDED, flags, {"num_warps": 4}
         yield decoding_of("Q5_K", values, scaled=True)
+        flags = SVDQ_SIZES | {"ROUND": True}
+        yield svdq._svdq_kernel, SVDQ | {"into": values}, flags, svdq.LAUNCH
     for name in GGUF_TYPES if capability == HOPPER else GGUF_TYPES[:1]:
         yield decoding_of(name, BF16, scaled=False)
     for into in (BF16, FP16):
         yield nf4._decode_kernel, DECODE | {"into": into}, {"RUN": nf4._RUN}, nf4.LAUNCH
+        flags = SVDQ_SIZES | {"ROUND": False}
+        yield svdq._svdq_kernel, SVDQ | {"row_scales": into, "into": into}, flags, svdq.LAUNCH
     flags = FLAGS | {"ROUND": False, "BLOCK": 4096}
     yield fused._norm_kernel, NORM | {"values": BF16, "scales": BF16}, flags, {"num_warps": 4}
     yield (

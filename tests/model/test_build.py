@@ -174,10 +174,15 @@ def test_what_products_are_in(
 @pytest.mark.parametrize(
     ("compute", "hardware", "precision", "takes"),
     [
-        ("fp8", AMPERE, "4bit", "PRECISION_MODE=fp8 or 4bit, BNB_COMPUTE=bf16, a card of .* 8.9"),
-        ("fp8", HOPPER, "bf16", "PRECISION_MODE=fp8 or 4bit, BNB_COMPUTE=bf16"),
-        ("int8", HOPPER, "bf16", "PRECISION_MODE=8bit or 4bit, a card of .* 7.5"),
-        ("int8", CPU, "bf16", "PRECISION_MODE=8bit or 4bit$"),
+        (
+            "fp8",
+            AMPERE,
+            "4bit",
+            "PRECISION_MODE=fp8 or svdq or 4bit, BNB_COMPUTE=bf16, a card of .* 8.9",
+        ),
+        ("fp8", HOPPER, "bf16", "PRECISION_MODE=fp8 or svdq or 4bit, BNB_COMPUTE=bf16"),
+        ("int8", HOPPER, "bf16", "PRECISION_MODE=8bit or svdq or 4bit, a card of .* 7.5"),
+        ("int8", CPU, "bf16", "PRECISION_MODE=8bit or svdq or 4bit$"),
     ],
 )
 def test_products_that_cannot_be_are_refused(

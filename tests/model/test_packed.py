@@ -19,7 +19,7 @@ from image_worker.model.packed import ALIGNMENT, Layout, slots, unit_of
 from image_worker.model.tensor_file import TensorFile, bytes_of, header
 from image_worker.settings import Precision
 
-PRECISIONS: list[Precision] = ["bf16", "fp8", "8bit", "4bit"]
+PRECISIONS: list[Precision] = ["bf16", "fp8", "8bit", "svdq", "4bit"]
 
 
 def module(precision: Precision, *, empty: bool = False) -> nn.Module:

@@ -33,6 +33,7 @@ SIZES: Any = {
     "bf16": sizes(25.3, 12.2),
     "fp8": sizes(12.7, 6.1),
     "8bit": sizes(12.7, 6.1),
+    "svdq": sizes(7.1, 3.5),
     "4bit": sizes(6.5, 3.2),
 }
 SHAPE = Shape(width=3072, zero_cond_t=False, vae_base=96, tokens=8448, pixels=1024 * 1024)

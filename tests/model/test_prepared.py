@@ -72,7 +72,7 @@ def edit(**variables: str) -> tuple[str, Any]:
 
 @pytest.mark.parametrize(
     ("precision", "compute"),
-    [("bf16", "auto"), ("fp8", "fp8"), ("4bit", "auto"), ("4bit", "int8")],
+    [("bf16", "auto"), ("fp8", "fp8"), ("4bit", "auto"), ("4bit", "int8"), ("svdq", "fp8")],
 )
 def test_the_second_start_makes_the_same_picture(
     precision: str, compute: str, tmp_path: Path, caplog: Any, monkeypatch: Any

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 TOLERANCE: dict[Compute, float] = {"int8": 0.06, "fp8": 0.16}
 EXACT = 1e-4  # float32, in another order
 ATTENTION_TOLERANCE = 0.2  # int8 attention's own share, of these random tokens
-KINDS = {"8bit": "W8A8", "fp8": "W8A8", "4bit": "Decoded"}
+KINDS = {"8bit": "W8A8", "fp8": "W8A8", "svdq": "Decoded", "4bit": "Decoded"}
 
 
 def row(side: int, references: int, text: int, seed: int) -> Row:
@@ -83,15 +83,16 @@ def compare(
 
 @pytest.mark.parametrize(
     ("precision", "compute"),
-    [("8bit", "int8"), ("4bit", "int8"), ("fp8", "fp8"), ("4bit", "fp8")],
+    [("8bit", "int8"), ("4bit", "int8"), ("fp8", "fp8"), ("4bit", "fp8"), ("svdq", "fp8")],
 )
 def test_rounded_products(precision: Precision, compute: Compute) -> None:
     for error in compare(precision, compute, ROWS):
         assert 0.005 < error <= TOLERANCE[compute], error
 
 
-def test_weights_in_4_bits_are_widened_exactly() -> None:
-    for error in compare("4bit", "bf16", ROWS):
+@pytest.mark.parametrize("precision", ["4bit", "svdq"])
+def test_weights_in_4_bits_are_widened_exactly(precision: Precision) -> None:
+    for error in compare(precision, "bf16", ROWS):
         assert error <= EXACT
 
 

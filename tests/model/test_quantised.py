@@ -21,6 +21,7 @@ from image_worker.model.components import TEXT_ENCODER, TRANSFORMER, Component
 from image_worker.model.formats import FORMATS, nf4
 from image_worker.model.formats.coded import CodedLinear
 from image_worker.model.formats.fp8 import Fp8Linear
+from image_worker.model.formats.svdq import SvdqWeight
 from image_worker.model.lora import Lora
 from tests.conftest import MINI, MINI_FOLDER, build_mini, make_picture, mini_model, read_mini
 from tests.pictures import psnr
@@ -30,6 +31,10 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def stored(layer: Any) -> Tensor:
     """The weight that a quantised layer stands for, float32."""
+    if isinstance(layer, CodedLinear) and isinstance(layer.weight, SvdqWeight):
+        found = torch.empty(layer.weight.shape)
+        layer.weight.decode(found)
+        return found
     if isinstance(layer, CodedLinear):
         return decoded(layer, torch.float32)
     if isinstance(layer, bnb.nn.Linear8bitLt):
@@ -41,14 +46,14 @@ def stored(layer: Any) -> Tensor:
 
 
 def decoded(layer: CodedLinear, dtype: torch.dtype) -> Tensor:
-    """By bitsandbytes."""
+    """NF4, by bitsandbytes."""
     state = quant_state(layer.weight, dtype)
     return bnb.functional.dequantize_4bit(  # type: ignore[no-any-return]
         layer.weight.codes.view(-1, 1), state
     )
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "4bit"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "svdq", "4bit"])
 def test_the_lora_survives(precision: str) -> None:
     """Merged before quantising: its projection on what quantised weights changed by is whole."""
     lora = Lora.read(MINI_FOLDER / MINI.lightning[8].path)
@@ -94,7 +99,9 @@ def test_quantize_components_text_leaves_the_transformer_alone() -> None:
     assert type(layer).__name__ == "CodedLinear"
 
 
-@pytest.mark.parametrize(("precision", "least"), [("fp8", 30.0), ("8bit", 30.0), ("4bit", 20.0)])
+@pytest.mark.parametrize(
+    ("precision", "least"), [("fp8", 30.0), ("8bit", 30.0), ("svdq", 28.0), ("4bit", 20.0)]
+)
 def test_the_picture_stays_near_bf16s(precision: str, least: float) -> None:
     assert psnr(edit_in(precision), edit_in("bf16")) >= least
 
@@ -167,7 +174,7 @@ def test_rows_that_are_no_blocks_are_refused() -> None:
         nf4.encode(torch.randn(64, 96), False, torch.float32)
 
 
-@pytest.mark.parametrize("precision", ["fp8", "8bit", "4bit"])
+@pytest.mark.parametrize("precision", ["fp8", "8bit", "svdq", "4bit"])
 def test_the_forecast_of_a_layers_bytes_is_right(precision: Any) -> None:
     from image_worker.model.packed import slots
 

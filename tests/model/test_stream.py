@@ -53,7 +53,7 @@ def run(blocks: Blocks, until: int = 99) -> Tensor:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "4bit"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "svdq", "4bit"])
 @pytest.mark.parametrize("numbers", [(0,), (2, 4), (0, 1, 3), (0, 1, 2, 3, 4)])
 def test_they_compute_what_they_did_in_every_pass(
     precision: Precision, numbers: tuple[int, ...]

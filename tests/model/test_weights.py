@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused(
         weights.load(net(), write(tmp_path, given), PLAIN, CPU)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "4bit"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "svdq", "4bit"])
 def test_the_forecast_of_bytes(precision: str, tmp_path: Path) -> None:
     files = write(tmp_path, tensors())
     storage = weights.Storage(
@@ -95,6 +95,7 @@ def test_the_forecast_of_bytes(precision: str, tmp_path: Path) -> None:
         "bf16": 2 * 64 * 32,
         "fp8": 64 * 32 + 4 * 32,
         "8bit": 64 * 32 + 4 * 32,
+        "svdq": 32 * 32 + 2 * 32 + 2 * 32 * (32 + 64) + 4 * 64,
         "4bit": 32 * 32 + 32 + 4,
     }[precision]
     assert sum(weights.stored_bytes(weights.shapes(files), storage).values()) == others + own

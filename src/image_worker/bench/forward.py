@@ -163,7 +163,7 @@ def _compare(
             )
             for (compute, int8), transformer in served.items()
         }
-        if precision != "fp8" and not alone:  # diffusers has none of its own
+        if precision not in ("fp8", "svdq") and not alone:  # diffusers has none of its own
             runs = {"stock": functools.partial(stock, model, given)} | runs
         title = f"{precision}, {case[0]}², {case[1]} references"
         for name, cells in _measure(runs, exact.get(case), options, title).items():

@@ -16,7 +16,7 @@ from image_worker.model.formats.nf4 import BLOCK, SCALE_BLOCK, Nf4Weight
 def use_bitsandbytes(module: nn.Module, dtype: torch.dtype) -> None:
     """Its layers of ours become bitsandbytes', which share their tensors and compute in `dtype`."""
     for name, layer in list(module.named_modules()):
-        if isinstance(layer, CodedLinear):
+        if isinstance(layer, CodedLinear) and isinstance(layer.weight, Nf4Weight):
             module.set_submodule(name, linear4bit(layer, dtype))
 
 

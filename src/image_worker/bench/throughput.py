@@ -33,7 +33,9 @@ def main() -> None:
     """Measures every size with every batch size; prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the checkpoint is kept")
-    parser.add_argument("--precision", default="4bit", choices=("bf16", "fp8", "8bit", "4bit"))
+    parser.add_argument(
+        "--precision", default="4bit", choices=("bf16", "fp8", "8bit", "svdq", "4bit")
+    )
     parser.add_argument("--seconds", type=float, default=25.0, help="of each measurement")
     parser.add_argument("--sides", type=int, nargs="+", default=SIDES)
     options = parser.parse_args()

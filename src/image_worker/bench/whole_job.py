@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the checkpoint is kept")
     parser.add_argument(
-        "--precisions", nargs="+", default=["4bit"], choices=("bf16", "fp8", "4bit")
+        "--precisions", nargs="+", default=["4bit"], choices=("bf16", "fp8", "svdq", "4bit")
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", type=Path, help="also write the results to this file")

@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from image_worker.kernels import gguf, int8, nf4, products
+from image_worker.kernels import gguf, int8, nf4, products, svdq
 from image_worker.kernels.reference import EPSILON, Activation, Quantised, streams
 from image_worker.kernels.rounding import factor_of_token, rounded, store_rounded
 
 if TYPE_CHECKING:
     from image_worker.model.formats.gguf import GgufWeight
     from image_worker.model.formats.nf4 import Nf4Weight
+    from image_worker.model.formats.svdq import SvdqWeight
 
 _FP16_MAX = tl.constexpr(65504.0)
 _EPSILON = tl.constexpr(EPSILON)
@@ -130,6 +131,11 @@ def decode_nf4(weight: Nf4Weight, into: Tensor, row_scales: Tensor | None = None
 def decode_gguf(weight: GgufWeight, into: Tensor, row_scales: Tensor | None = None) -> None:
     """As `reference.decode_gguf`."""
     gguf.decode(weight, into, row_scales)
+
+
+def decode_svdq(weight: SvdqWeight, into: Tensor, row_scales: Tensor | None = None) -> None:
+    """As `reference.decode_svdq`."""
+    svdq.decode(weight, into, row_scales)
 
 
 def _to_quantised(x: Tensor, places: Tensor | None, round_to: torch.dtype) -> Quantised:

@@ -19,6 +19,7 @@ from image_worker.kernels import gguf_blocks
 if TYPE_CHECKING:
     from image_worker.model.formats.gguf import GgufWeight
     from image_worker.model.formats.nf4 import Nf4Weight
+    from image_worker.model.formats.svdq import SvdqWeight
 
 EPSILON = 1e-6  # of every norm in this architecture
 FP8 = torch.float8_e4m3fn
@@ -286,3 +287,11 @@ def decode_gguf(weight: GgufWeight, into: Tensor, row_scales: Tensor | None = No
         if row_scales is not None:
             values = values / row_scales[piece]
         into[piece] = round_values(values, into.dtype)
+
+
+def decode_svdq(weight: SvdqWeight, into: Tensor, row_scales: Tensor | None = None) -> None:
+    """The weights into (rows, columns), as `decode_nf4`."""
+    for rows, piece in weight.pieces():
+        if row_scales is not None:
+            piece /= row_scales[rows]
+        into[rows] = round_values(piece, into.dtype)

@@ -14,7 +14,7 @@ from image_worker.errors import ModelMismatch
 
 VAE_SCALE = 8  # pixels per latent and side
 PATCH = 2  # latents per token and side
-_MALFORMED = (KeyError, TypeError, ValueError)
+_MALFORMED = (KeyError, TypeError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import torch
 from image_worker.errors import ModelMismatch, ModelUnavailable
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import TransformerConfig
+from image_worker.model.formats.nunchaku import NunchakuCheckpoint
+from image_worker.model.formats.nunchaku_names import is_nunchaku
 from image_worker.model.formats.scaled_fp8 import ZERO_COND_T, ScaledFp8, without_prefix
 from image_worker.model.tensor_file import TensorFile
 
@@ -72,9 +74,7 @@ def open_checkpoint(path: Path, expected: TransformerConfig) -> Checkpoint | Pla
 
 
 def _of_tensors(file: TensorFile, expected: TransformerConfig) -> Checkpoint | Plain:
-    if any(key.endswith(".qweight") for key in file.parts):
-        from image_worker.model.formats.nunchaku import NunchakuCheckpoint
-
+    if is_nunchaku(file):
         return NunchakuCheckpoint(file, expected)
     found = {part.dtype for part in file.parts.values()}
     if torch.float8_e4m3fn in found or torch.float8_e5m2 in found:

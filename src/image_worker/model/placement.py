@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 # Measured at full size on one card by `python -m image_worker.bench.full_size`: peak working
 # memory above the weights, per image or text token and unit of model width, and per pixel and unit
 # of the VAE's base width. The latter is of diffusers' modules; ours take 6 by a count of tensors
-# without a card, which leaves out what cuDNN takes. fp8 is taken to be as 4bit; attention in
-# int8 takes less than the one that was measured, and so do products of 8bit in int8 than
-# bitsandbytes' own, by the sizes of what they keep.
-DENOISE_BYTES = {"bf16": 21, "fp8": 24, "8bit": 45, "4bit": 24}
+# without a card, which leaves out what cuDNN takes. fp8 and svdq are taken to be as 4bit;
+# attention in int8 takes less than the one that was measured, and so do products of 8bit in int8
+# than bitsandbytes' own, by the sizes of what they keep.
+DENOISE_BYTES = {"bf16": 21, "fp8": 24, "8bit": 45, "svdq": 24, "4bit": 24}
 ZERO_COND_BYTES = 12  # more while denoising with `zero_cond_t`: modulation per token, not per row
 VAE_BYTES = 14
 TILE_SIDE = 512  # pixels; a tile's working memory is that of a picture of this size

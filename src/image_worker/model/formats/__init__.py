@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from image_worker.model.formats import fp8, int8, nf4
+from image_worker.model.formats import fp8, int8, nf4, svdq
 from image_worker.settings import Precision
 
 
@@ -35,5 +35,6 @@ FORMATS: dict[Precision, Format | None] = {
     "bf16": None,  # as the checkpoint has it
     "fp8": Format(fp8.encode, fp8.empty, fp8.size),
     "8bit": Format(int8.encode, int8.empty, int8.size),
+    "svdq": Format(svdq.encode, svdq.empty, svdq.size),
     "4bit": Format(nf4.encode, nf4.empty, nf4.size),
 }
