@@ -98,18 +98,18 @@ def about(found: list[Finding], topic: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "fits", "products", "chosen"),
     [
-        (SMALL, ["blocks pass"] * 4, ["bf16", "bf16", "LLM.int8()", "bf16"], "4bit"),
+        (SMALL, ["blocks pass"] * 5, ["bf16", "bf16", "LLM.int8()", "bf16", "bf16"], "4bit"),
         (
             MIDDLE,
-            ["blocks pass", "all stay", "all stay", "all stay"],
-            ["bf16", "fp8", "LLM.int8()", "fp8"],
+            ["blocks pass", *["all stay"] * 4],
+            ["bf16", "fp8", "LLM.int8()", "fp8", "fp8"],
             "4bit",
         ),
-        (LARGE, ["all stay"] * 4, ["bf16", "fp8", "LLM.int8()", "fp8"], "bf16"),
+        (LARGE, ["all stay"] * 5, ["bf16", "fp8", "LLM.int8()", "fp8", "fp8"], "bf16"),
         (
             OLD,
-            ["blocks pass", "blocks pass", "blocks pass", "all stay"],
-            ["fp16", "fp16", "LLM.int8()", "fp16"],
+            [*["blocks pass"] * 3, "all stay", "all stay"],
+            ["fp16", "fp16", "LLM.int8()", "fp16", "fp16"],
             "4bit",
         ),
     ],
@@ -120,7 +120,7 @@ def test_what_fits_on_which_card(
     given = facts(kind)
     found, seen = judge(given)
     assert not problems(found)
-    assert [row.precision for row in seen.rows] == ["bf16", "fp8", "8bit", "4bit"]
+    assert [row.precision for row in seen.rows] == ["bf16", "fp8", "8bit", "svdq", "4bit"]
     assert [row.places for row in seen.rows] == fits
     assert [row.products for row in seen.rows] == products
     assert seen.chosen is not None and seen.chosen.precision == chosen
@@ -194,26 +194,26 @@ def test_settings_that_this_card_cannot_honour(
 ) -> None:
     found, seen = judge(facts(kind, **variables))
     assert any(message in text for text in problems(found))
-    assert len(seen.rows) == 4
+    assert len(seen.rows) == 5
     assert doctor.as_text(found, seen).endswith("1 to be solved before a start")
 
 
 def test_a_precision_that_does_not_fit_is_a_no_in_the_table() -> None:
     _, seen = judge(facts(OLD, CPU_OFFLOAD="none"))
-    assert [row.places for row in seen.rows] == ["no", "no", "no", "all stay"]
+    assert [row.places for row in seen.rows] == ["no", "no", "no", "all stay", "all stay"]
     assert seen.rows[0].peak is None and "does not fit" in seen.rows[0].why
 
 
 def test_the_older_name_for_offloading_is_understood() -> None:
     _, seen = judge(facts(LARGE, INT8_CPU_OFFLOAD="1"))
     assert seen.chosen is not None and seen.chosen.precision == "8bit"
-    assert [row.places for row in seen.rows] == ["blocks pass"] * 4
+    assert [row.places for row in seen.rows] == ["blocks pass"] * 5
 
 
 def test_a_host_without_room_for_what_passes() -> None:
     given = facts(SMALL, host=5.0, GPU_MAX_GIB="6")
     found, seen = judge(given)
-    assert seen.from_disk and seen.rows[3].places == "blocks pass, from disk"
+    assert seen.from_disk and seen.rows[-1].places == "blocks pass, from disk"
     assert "prepare them on a machine with more memory" in problems(found)[0]
     assert given.places is not None
     there = (PreparedFolder("x", "edit-2509", "4bit", 13 * 10**9),)
@@ -233,7 +233,7 @@ def test_memory_that_others_have_is_named() -> None:
     found, seen = judge(dataclasses.replace(given, driver=driver, torch=busy))
     said = about(found, "card memory")
     assert "10.0 GiB of 24.0 GiB are free" in said and "process 7 (python) has 9.0 GiB" in said
-    assert seen.rows[3].places == "blocks pass"
+    assert seen.rows[-1].places == "blocks pass"
 
 
 @pytest.mark.parametrize(

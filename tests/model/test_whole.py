@@ -16,7 +16,7 @@ import torch
 from image_worker.errors import CardLost, ModelUnavailable
 from image_worker.model import components, files, layers, prepared, weights
 from image_worker.model.formats import FORMATS
-from image_worker.model.prepared import MANIFEST
+from image_worker.model.prepared import MANIFEST, Prepared
 from image_worker.settings import Settings
 from tests.conftest import MINI_FOLDER
 from tests.model import cached_model, fake_hub
@@ -141,12 +141,34 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes(content)
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole folder, to be copied."""
+    folder = tmp_path_factory.mktemp("written")
+    put_all(folder)
+    start(folder, keep_prepared="whole").close()
+    return whole_of(folder)
+
+
 @pytest.mark.parametrize("how", ["header", "middle", "last chunk", "cut off", "missing"])
-def test_a_damaged_layer_is_found_when_it_is_used(how: str, tmp_path: Path, caplog: Any) -> None:
+def test_any_damage_of_a_layer_is_found(how: str, written: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(written, tmp_path / "copy-whole")
+    found = Prepared.find(folder)
+    assert found is not None
+    read = layers.PreparedLayers(found)
+    weight, bias = read(LAYER)
+    assert len(weight) == len(bias)
+    damage(folder / FILE, how)
+    with pytest.raises(CardLost, match=FILE):
+        read(LAYER)
+    assert not folder.exists()
+
+
+def test_a_damaged_layer_is_found_when_it_is_used(tmp_path: Path, caplog: Any) -> None:
     put_all(tmp_path)
     worker = start(tmp_path, keep_prepared="whole")
     expected = pictures(start(tmp_path, keep_prepared="0"), NEVER_USED)
-    damage(whole_of(tmp_path) / FILE, how)
+    damage(whole_of(tmp_path) / FILE, "middle")
     reply = worker.run_blocking(job(num_inference_steps=NEVER_USED))
     worker.close()
     assert reply["error"]["type"] == "card_lost" and worker.broken
@@ -172,7 +194,7 @@ def test_what_somebody_made_again_meanwhile_is_left_alone(tmp_path: Path) -> Non
     assert folder.exists()
 
 
-@pytest.mark.parametrize("name", [FILE, "transformer/blocks.03.safetensors", MANIFEST])
+@pytest.mark.parametrize("name", [FILE, MANIFEST])
 def test_what_is_missing_at_the_start_is_made_again(name: str, tmp_path: Path, caplog: Any) -> None:
     put_all(tmp_path)
     expected = pictures(start(tmp_path, keep_prepared="whole"), 2)
