@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from image_worker.commands import compare
+
 
 def main() -> int:
     """Runs a command. Returns the exit status."""
@@ -25,7 +27,11 @@ def main() -> int:
         action="store_true",
         help="with --whole: then remove the checkpoint and the merged LoRAs from MODEL_DIR",
     )
+    compare.add_to(commands)
     given = parser.parse_args()
+    if "run" in given:
+        status: int = given.run(given)
+        return status
     if given.drop_checkpoint and not given.whole:
         command.error("--drop-checkpoint takes --whole")
     from image_worker.serve.prepare import prepare
