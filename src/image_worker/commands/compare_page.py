@@ -182,7 +182,7 @@ def _job(results: Mapping[str, Any], job: Mapping[str, Any]) -> str:
         if way["size"]:
             facts["result"] = f"{way['size'][0]}x{way['size'][1]}"
     facts |= {
-        f"{way['name']} ran": f"{way['steps']} steps" + "".join(f"; {w}" for w in way["warnings"])
+        f"steps of {way['name']}": str(way["steps"]) + "".join(f"; {w}" for w in way["warnings"])
         for way in results["ways"]
         if way["steps"]
     }

@@ -72,7 +72,7 @@ def _of_seed(results: Mapping[str, Any], out: Path, seed: int) -> Iterator[str]:
 
 def _figure(source: str, alt: str, words: str) -> str:
     return (
-        f'<figure><img alt="{escape(alt)}" src="{source}" loading="lazy">'
+        f'<figure><img alt="{escape(alt)}" src="{source}">'
         f"<figcaption>{escape(words)}</figcaption></figure>"
     )
 

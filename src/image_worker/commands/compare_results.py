@@ -89,8 +89,13 @@ def _runs(trial: Trial, way: Way) -> list[Record]:
 
 
 def _seeds(trial: Trial, way: Way) -> list[int]:
-    """Those that there are pictures of."""
-    return [seed for seed in dict.fromkeys(trial.seeds) if trial.picture(way, seed).is_file()]
+    """Those that there are pictures of, made by runs that count."""
+    key = trial.key(way)
+    return [
+        seed
+        for seed in dict.fromkeys(trial.seeds)
+        if trial.records.run(key, seed, 0) and trial.picture(way, seed).is_file()
+    ]
 
 
 def _spread(values: Sequence[float]) -> Results | None:
@@ -114,7 +119,7 @@ def _picture(trial: Trial, way: Way, seed: int, reference: Way | None) -> Result
     path = trial.picture(way, seed)
     found: Results = {"seed": seed, "file": path.relative_to(trial.out).as_posix()}
     found |= {"psnr": None, "ssim": None, "same": None}
-    if reference is not None and trial.picture(reference, seed).is_file():
+    if reference is not None and seed in _seeds(trial, reference):
         other = trial.picture(reference, seed)
         found |= _likeness(path, path.stat().st_mtime_ns, other, other.stat().st_mtime_ns)
     return found

@@ -35,7 +35,7 @@ thead th { color: var(--soft); font-weight: 600; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr));
   gap: 24px 32px; }
 .plot { display: block; width: 100%; max-width: 460px; height: auto; font: 13px var(--sans); }
-.plot text { fill: var(--ink); }
+.plot text { fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
 .plot .name { font-weight: 600; }
 .plot .figure { text-anchor: end; }
 .plot .tick { fill: var(--soft); font-size: 12px; }
@@ -44,7 +44,7 @@ thead th { color: var(--soft); font-weight: 600; }
 .plot .interval { stroke: var(--bar); stroke-width: 8; stroke-linecap: round; opacity: .55; }
 .plot .dot { fill: var(--card); stroke: var(--accent); stroke-width: 1.5; }
 .plot .mark { stroke: var(--ink); stroke-width: 2.5; }
-.pictures { display: grid; gap: 12px; margin: 0 0 18px;
+.pictures { display: grid; gap: 12px; margin: 10px 0 18px;
   grid-template-columns: repeat(auto-fill, minmax(min(46%, 180px), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; width: 100%; height: auto; border-radius: 8px;
