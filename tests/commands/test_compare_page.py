@@ -218,7 +218,7 @@ def test_it_is_shown_and_asks_for_nothing(
     assert plots.count() == 4, "seconds, memory of the host, PSNR and SSIM"
     for place in range(plots.count()):
         box = plots.nth(place).bounding_box()
-        assert box is not None and box["width"] > 250 and box["height"] > 60
+        assert box is not None and box["width"] > 250 and box["height"] > 50
     broken = "[...document.images].filter((image) => !image.naturalWidth).length"
     assert shown.evaluate(broken) == 0
     assert shown.evaluate("document.documentElement.scrollWidth") <= width

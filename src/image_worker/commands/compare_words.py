@@ -135,7 +135,7 @@ def decibels(way: Mapping[str, Any]) -> str:
 def likeness(way: Mapping[str, Any]) -> str:
     """The median SSIM."""
     values = [one["ssim"] for one in way["pictures"] if one["ssim"] is not None]
-    return f"{median(values):.3f}" if values else ""
+    return f"{median(values):.4f}" if values else ""
 
 
 def _magnitude(value: float) -> int:
