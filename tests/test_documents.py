@@ -11,6 +11,7 @@ from typing import get_args
 
 import pytest
 
+from image_worker import __main__ as command
 from image_worker.catalog import CATALOG
 from image_worker.job.request import EditRequest
 from image_worker.settings import Settings, allowed_values
@@ -72,6 +73,20 @@ def test_the_response_example_is_json_with_the_real_fields() -> None:
     reply = Worker.from_settings(Settings.from_env({"MODEL": "mini"})).run_blocking(job())
     assert set(example) | {"cold_start"} == set(reply)
     assert set(example["timings"]) == set(reply["timings"])
+
+
+@pytest.mark.parametrize("name", ["edit", "doctor", "clean"])
+def test_the_command_line_is_the_code(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = README.split("## Command line\n", 1)[1].split("\n## ", 1)[0]
+    monkeypatch.setattr("sys.argv", ["image_worker", name, "--help"])
+    with pytest.raises(SystemExit):
+        command.main()
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    assert f"python -m image_worker {name}" in section
+    for option in options:
+        assert option in section, option
 
 
 def test_the_tree_names_every_module() -> None:
@@ -187,6 +202,7 @@ FORBIDDEN = {
     "edit": ("image_worker.job", "image_worker.serve", "image_worker.worker", "runpod"),
     "model": ("image_worker.job", "image_worker.serve", "image_worker.edit", "image_worker.worker"),
 }
+FORBIDDEN = {room: (*names, "image_worker.commands") for room, names in FORBIDDEN.items()}
 
 
 @pytest.mark.parametrize("room", FORBIDDEN)

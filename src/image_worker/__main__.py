@@ -1,11 +1,11 @@
-"""`python -m image_worker prepare`: what is done beside serving, for which there is handler.py."""
+"""`python -m image_worker`: what is done beside serving, for which there is handler.py."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from image_worker.commands import compare
+from image_worker.commands import clean, compare, doctor, edit
 
 
 def main() -> int:
@@ -15,6 +15,8 @@ def main() -> int:
         description="Settings come from environment variables, as for handler.py.",
     )
     commands = parser.add_subparsers(required=True)
+    edit.add_to(commands)
+    doctor.add_to(commands)
     about = "download the model and write its weights as they serve"
     command = commands.add_parser("prepare", help=about, description=about)
     command.add_argument(
@@ -27,13 +29,21 @@ def main() -> int:
         action="store_true",
         help="with --whole: then remove the checkpoint and the merged LoRAs from MODEL_DIR",
     )
+    command.set_defaults(run=_prepare)
     compare.add_to(commands)
-    given = parser.parse_args()
-    if "run" in given:
-        status: int = given.run(given)
-        return status
-    if given.drop_checkpoint and not given.whole:
+    clean.add_to(commands)
+    given, rest = parser.parse_known_args()
+    if given.run is _prepare and given.drop_checkpoint and not given.whole:
         command.error("--drop-checkpoint takes --whole")
+    if rest and (given.run is not edit.run or any(one.startswith("-") for one in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # of what stands on both sides of options, argparse takes the first part only
+        given.given += rest
+    status: int = given.run(given)
+    return status
+
+
+def _prepare(given: argparse.Namespace) -> int:
     from image_worker.serve.prepare import prepare
 
     return prepare(whole=given.whole, drop=given.drop_checkpoint)

@@ -221,6 +221,8 @@ class Settings(BaseSettings):
             )
 
     def _refuse_products_without_meaning(self) -> None:
+        if self.checkpoint is not None:  # by whose format it is decided, once that is known
+            return
         if self.compute in ("auto", "bf16"):
             return
         precisions = [name for name, ways in POSSIBLE.items() if self.compute in ways]

@@ -16,10 +16,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from image_worker.kernels import fused, int8, nf4, products
+from image_worker.kernels import fused, gguf, int8, nf4, products
+from tests.ggml import block_of
 
 BF16, FP16, FP8, INT8, FP32 = "*bf16", "*fp16", "*fp8e4nv", "*i8", "*fp32"
-INT, INDEX, BYTES, INT32 = "i32", "*i64", "*u8", "*i32"
+INT, INDEX, BYTES, INT16, INT32 = "i32", "*i64", "*u8", "*i16", "*i32"
 NORM = dict.fromkeys(("x", "y", "gate", "shift", "scale"), BF16) | {
     "owner": INDEX,
     "residual": BF16,
@@ -41,6 +42,8 @@ DECODE_ROUNDED = {
     "found": INT32,
 } | dict.fromkeys(("rows", "blocks", "layer_rows", "layer_stride"), INT)
 DECODE_SIZES = {"ROWS": nf4._ROWS, "BLOCKS": nf4._BLOCKS, "WORDS": nf4._WORDS}
+# One for each way through these kernels; on Hopper all are compiled, elsewhere the first.
+GGUF_TYPES = ("Q6_K", "Q8_0", "Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "F16")
 MULTIPLY = {"x": INT8, "x_scales": FP32, "weight": INT8, "scales": FP32, "bias": BF16} | {
     "into": BF16,
     **dict.fromkeys(("tokens", "rows", "columns", "stride"), INT),
@@ -73,6 +76,9 @@ def kernels(capability: int) -> Iterator[Kernel]:
         yield fused._quantise_kernel, quantise, {"GATHER": True, "BLOCK": 4096}, {"num_warps": 4}
         flags = DECODE_SIZES | {"INT8": values == INT8}
         yield nf4._decode_rounded_kernel, DECODE_ROUNDED, flags, {"num_warps": 4}
+        yield decoding_of("Q5_K", values, scaled=True)
+    for name in GGUF_TYPES if capability == HOPPER else GGUF_TYPES[:1]:
+        yield decoding_of(name, BF16, scaled=False)
     for into in (BF16, FP16):
         yield nf4._decode_kernel, DECODE | {"into": into}, {"RUN": nf4._RUN}, nf4.LAUNCH
     flags = FLAGS | {"ROUND": False, "BLOCK": 4096}
@@ -93,6 +99,18 @@ def kernels(capability: int) -> Iterator[Kernel]:
         types = {name: kind.format(values.removeprefix("*")) for name, kind in PRODUCTS.items()}
         constants = products.SIZES | {"INT8": values == INT8, "DTYPE": triton.language.bfloat16}
         yield products._products_kernel, types, constants, products.LAUNCH
+
+
+def decoding_of(name: str, into: str, *, scaled: bool) -> Kernel:
+    """The kernel that decodes one of ggml's types."""
+    values, size = block_of(name)
+    kernel, constants = gguf.launch_of(name, size)
+    constants |= {"SCALED": scaled, "RUN": gguf.VALUES // values}
+    numbers = [("numbers", FP16), ("count", INT), ("columns", INT)]
+    words = [("words", INT16), ("blocks", INT), ("row_blocks", INT)]
+    source, *sizes = numbers if name == "F16" else words
+    types = [source, ("row_scales", FP32), ("into", into), *sizes]
+    return kernel, dict(types), constants, gguf.LAUNCH
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,9 +22,11 @@ from image_worker.model.build import Model
 from image_worker.model.components import is_modulation
 from image_worker.model.opening import Plain, open_checkpoint
 from image_worker.model.placement import Plan
+from tests import ggml
 from tests.conftest import MINI, MINI_FOLDER, build_mini
 from tests.model.test_scaled_fp8 import CONFIG, weights
 from tests.model.test_stream import edit, passing
+from tests.pictures import psnr
 
 NO_LORA = {"use_lightning_lora": "0"}
 
@@ -166,3 +169,42 @@ def test_another_models_weights_are_refused(base: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelMismatch, match="in the checkpoint"):
         build_mini(checkpoint=saved(half, tmp_path), **NO_LORA)
     assert MINI.name == "mini"
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp8"])
+def test_gguf_is_served_from_start_to_picture(
+    base: Any, compute: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Against the weights that it stands for, in a file of 32 bits; prepared, and streamed."""
+    path = tmp_path / "model.gguf"
+    ggml.write(
+        path,
+        {
+            name: (tensor.float().numpy(), "Q8_0" if tensor.ndim == 2 else "F32")
+            for name, tensor in base.items()
+        },
+    )
+    opened = open_checkpoint(path, CONFIG)
+    assert not isinstance(opened, Plain)
+    wide = {name: opened.other(name).float() for name in opened.others}
+    for layer in opened.linears:
+        wide[f"{layer}.weight"], wide[f"{layer}.bias"] = opened.full(layer, torch.device("cpu"))
+    plain = saved({name: tensor.float().contiguous() for name, tensor in wide.items()}, tmp_path)
+    expected = edit(build_mini(checkpoint=plain, precision_mode="bf16", **NO_LORA))
+    settings = {
+        "checkpoint": str(path),
+        "precision_mode": "bf16",
+        "compute": compute,
+        "model_dir": str(tmp_path),
+        "keep_prepared": "1",
+    }
+    first = build_mini(**settings, **NO_LORA)
+    assert first.weights == "GGUF Q8_0"
+    found = edit(first)
+    pictures = [Image.fromarray(pixels.numpy()) for pixels in (found, expected)]
+    assert psnr(*pictures) > (60 if compute == "bf16" else 25)
+    streamed = passing(first, every=True)
+    monkeypatch.setattr(build_module, "plan", lambda *_: Plan("bf16", streamed))
+    second = build_mini(**settings, **NO_LORA)
+    assert "prepare" not in steps(second)
+    assert torch.equal(edit(second), found)

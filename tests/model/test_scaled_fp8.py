@@ -75,7 +75,7 @@ def test_scales_are_applied(prefix: str, spelling: str, rows: bool, tmp_path: Pa
         layer: Any = found.linear(path, CPU, torch.float32)
         expected = whole[f"{path}.weight"].float()
         assert torch.equal(layer.bias, whole[f"{path}.bias"].float())
-        full, bias = found.full(path)
+        full, bias = found.full(path, CPU)
         assert torch.equal(bias, layer.bias)
         if path.startswith("transformer_blocks."):
             assert isinstance(layer, Fp8Linear)
@@ -103,7 +103,7 @@ def test_without_scales_values_are_the_weights(tmp_path: Path) -> None:
     layer = found.linear(LAYER, CPU, torch.bfloat16)
     assert isinstance(layer, Fp8Linear) and layer.scales.eq(1).all()
     assert torch.equal(layer.bias, tensors[f"{LAYER}.bias"].bfloat16())
-    assert torch.equal(found.full(MODULATION)[0], tensors[f"{MODULATION}.weight"].float())
+    assert torch.equal(found.full(MODULATION, CPU)[0], tensors[f"{MODULATION}.weight"].float())
 
 
 def test_on_meta_it_is_the_same_layer_without_numbers(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_layers_own_note_of_its_format_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_scales_that_are_none_are_found(value: float, tmp_path: Path) -> None:
     found = checkpoint(changed(**{f"{BLOCK}__scale_weight": torch.tensor(value)}), tmp_path)
-    for read in (lambda: found.linear(LAYER, CPU, torch.bfloat16), lambda: found.full(LAYER)):
+    for read in (lambda: found.linear(LAYER, CPU, torch.bfloat16), lambda: found.full(LAYER, CPU)):
         with pytest.raises(ModelMismatch, match="is no scale"):
             read()
 
@@ -182,6 +182,6 @@ def test_values_that_are_none_are_found(tmp_path: Path) -> None:
     broken = torch.zeros(128, 128)
     broken[5, 7] = float("nan")
     found = checkpoint(changed(**{f"{BLOCK}__weight": broken.to(FP8)}), tmp_path)
-    for read in (lambda: found.linear(LAYER, CPU, torch.bfloat16), lambda: found.full(LAYER)):
+    for read in (lambda: found.linear(LAYER, CPU, torch.bfloat16), lambda: found.full(LAYER, CPU)):
         with pytest.raises(ModelMismatch, match="no numbers"):
             read()

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from image_worker.kernels import int8, nf4, products
+from image_worker.kernels import gguf, int8, nf4, products
 from image_worker.kernels.reference import EPSILON, Activation, Quantised, streams
 from image_worker.kernels.rounding import factor_of_token, rounded, store_rounded
 
 if TYPE_CHECKING:
+    from image_worker.model.formats.gguf import GgufWeight
     from image_worker.model.formats.nf4 import Nf4Weight
 
 _FP16_MAX = tl.constexpr(65504.0)
@@ -124,6 +125,11 @@ def decode_nf4(weight: Nf4Weight, into: Tensor, row_scales: Tensor | None = None
         nf4.decode(weight, into)
     else:
         nf4.decode_rounded(weight, into, row_scales)
+
+
+def decode_gguf(weight: GgufWeight, into: Tensor, row_scales: Tensor | None = None) -> None:
+    """As `reference.decode_gguf`."""
+    gguf.decode(weight, into, row_scales)
 
 
 def _to_quantised(x: Tensor, places: Tensor | None, round_to: torch.dtype) -> Quantised:

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from image_worker.kernels import gguf_blocks
+
 if TYPE_CHECKING:
+    from image_worker.model.formats.gguf import GgufWeight
     from image_worker.model.formats.nf4 import Nf4Weight
 
 EPSILON = 1e-6  # of every norm in this architecture
@@ -36,6 +39,7 @@ _LEAST_ROWS = 17  # that torch multiplies in int8 on a card
 # Tokens, or rows of weights, at a time: Turing cards run these definitions, and their plan has no
 # room for all of it in 32 bits.
 _PIECE = 1024
+_PIECE_OF_BLOCKS = 1 << 20  # values at a time, of GGUF's: a CPU's cache has room for these
 
 
 @dataclass(frozen=True)
@@ -270,3 +274,15 @@ def decode_nf4(weight: Nf4Weight, into: Tensor, row_scales: Tensor | None = None
         values = pairs.index_select(0, codes).view(torch.float32).view(-1, 64)
         values *= scales[piece].view(-1, 1)
         into[piece] = round_values(values, into.dtype).view(-1, into.shape[1])
+
+
+def decode_gguf(weight: GgufWeight, into: Tensor, row_scales: Tensor | None = None) -> None:
+    """As `decode_nf4`, of what ggml's types hold."""
+    rows = max(1, _PIECE_OF_BLOCKS // into.shape[1])
+    for first in range(0, len(into), rows):
+        piece = slice(first, first + rows)
+        blocks = weight.data[piece].view(-1, weight.block[1])
+        values = gguf_blocks.values(blocks, weight.tensor_type).view(-1, into.shape[1])
+        if row_scales is not None:
+            values = values / row_scales[piece]
+        into[piece] = round_values(values, into.dtype)

@@ -131,7 +131,7 @@ def _build(
     """Plans, and starts as planned."""
     configs = components.read_configs(found.folder)
     shape = components.shape(entry, configs)
-    checkpoint = _open(found, configs)
+    checkpoint = _open(settings, found, configs)
     sizes = components.sizes(
         found.folder, settings, dtype, has_weights=found.is_complete, checkpoint=checkpoint
     )
@@ -170,14 +170,21 @@ def _build(
         ) from error
 
 
-def _open(found: Sources, configs: dict[str, Any]) -> Checkpoint | Plain | None:
+def _open(settings: Settings, found: Sources, configs: dict[str, Any]) -> Checkpoint | Plain | None:
     """The file that the transformer's weights are in, if it is not the folder's."""
     if found.checkpoint is None:
         return None
     expected = TransformerConfig.parse(configs["transformer"])
     opened = open_checkpoint(found.checkpoint, expected)
     log.info("transformer: %s, %s", found.checkpoint.name, opened.label)
-    if found.loras and in_own_format(opened):
+    own = in_own_format(opened)
+    told = own.lightning_steps if own else None
+    if told and settings.checkpoint_lightning == "auto" and not checkpoints.lightning_of(settings):
+        raise InvalidSettings(
+            f"{found.checkpoint.name} says that Lightning for {told} steps is merged in it: set "
+            f"CHECKPOINT_LIGHTNING={told}, or 0 if it is not so"
+        )
+    if found.loras and own:
         raise InvalidSettings(
             f"weights in {opened.label} cannot take {found.loras[0].name}, which is to be merged; "
             "set CHECKPOINT_LIGHTNING=4 or 8 if the file has Lightning in it, or "

@@ -22,6 +22,10 @@ class Checkpoint(Protocol):
         """Its format, for people."""
 
     @property
+    def lightning_steps(self) -> int | None:
+        """Of the Lightning LoRA that is merged in it, by its metadata; None: they do not say."""
+
+    @property
     def linears(self) -> Set[str]:
         """Paths of its linear layers, all of which have biases; modulation's are among them."""
 
@@ -39,9 +43,11 @@ class Checkpoint(Protocol):
             ModelMismatch: what is read is damaged: numbers that are not finite, ends too early.
         """
 
-    def full(self, path: str) -> tuple[Tensor, Tensor]:
-        """A layer's weight (out, in) and bias (out) as numbers, on the host: float32 or narrower,
-        if exact."""
+    def full(self, path: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A layer's weight (out, in) and bias (out) as numbers: float32, or narrower if exact.
+
+        device: where to decode them, and where they are then.
+        """
 
     def other(self, name: str) -> Tensor:
         """Any other tensor, on the host, in the file's type."""

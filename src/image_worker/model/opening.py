@@ -59,7 +59,7 @@ def open_checkpoint(path: Path, expected: TransformerConfig) -> Checkpoint | Pla
     except OSError as error:
         raise ModelUnavailable(f"the checkpoint {path.name} cannot be read: {error}") from error
     if start[:4] == b"GGUF":
-        from image_worker.model.formats.gguf import GgufCheckpoint
+        from image_worker.model.formats.gguf_checkpoint import GgufCheckpoint
 
         return GgufCheckpoint(path, expected)
     for magic, what in _ARCHIVES.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Set
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def modulation_layers(recipe: Recipe) -> Read:
     """The layers that stay on disk."""
     single = recipe.checkpoint
     if own := in_own_format(single):
-        return own.full
+        return functools.partial(own.full, device=recipe.device)
     assert single is None or isinstance(single, Plain)
     folder = recipe.folder / components.TRANSFORMER.name
     found = [single.path] if single else files.weight_files(folder)

@@ -19,13 +19,7 @@ OUTPUT_FOLDER = Path("generated-images")
 
 def run_one(worker: Worker, job: Mapping[str, Any], folder: Path = OUTPUT_FOLDER) -> int:
     """Runs `job`, writes its pictures, prints the rest. Returns the process's exit status."""
-    with tqdm(desc="denoising", unit="step", disable=None) as bar:
-
-        def progress(step: int, of: int) -> None:
-            bar.total = of
-            bar.update(step - bar.n)
-
-        reply = worker.run_blocking(job, progress)
+    reply = answer(worker, job)
     if "error" in reply:
         _print(json.dumps(reply, indent=2, ensure_ascii=False), sys.stderr)
         return 1
@@ -39,6 +33,17 @@ def run_one(worker: Worker, job: Mapping[str, Any], folder: Path = OUTPUT_FOLDER
     for path in paths:
         _print(f"wrote {path}")
     return 0
+
+
+def answer(worker: Worker, job: Mapping[str, Any]) -> dict[str, Any]:
+    """The reply to `job`. In a terminal, a bar shows its steps."""
+    with tqdm(desc="denoising", unit="step", disable=None) as bar:
+
+        def progress(step: int, of: int) -> None:
+            bar.total = of
+            bar.update(step - bar.n)
+
+        return worker.run_blocking(job, progress)
 
 
 _PICTURES = ("output_image_base64", "images")

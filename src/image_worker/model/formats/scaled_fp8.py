@@ -33,6 +33,8 @@ _WIDE = (torch.float32, torch.bfloat16, torch.float16)
 class ScaledFp8:
     """A `Checkpoint` whose linear layers are in FP8, or some of them."""
 
+    lightning_steps: int | None = None  # such files do not say
+
     def __init__(self, file: TensorFile, expected: TransformerConfig) -> None:
         """expected: of the model that it is to serve.
 
@@ -78,13 +80,13 @@ class ScaledFp8:
         found.bias = nn.Parameter(bias, requires_grad=False)
         return found
 
-    def full(self, path: str) -> tuple[Tensor, Tensor]:
+    def full(self, path: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """As of `Checkpoint`."""
-        weight = self.other(f"{path}.weight")
+        weight = self.other(f"{path}.weight").to(device)
         if weight.dtype == FP8:
             _check_values(path, weight)
-            weight = weight.float() * self._scale(path)
-        return weight, self.other(f"{path}.bias").float()
+            weight = weight.float() * self._scale(path).to(device)
+        return weight, self.other(f"{path}.bias").to(device).float()
 
     def other(self, name: str) -> Tensor:
         """As of `Checkpoint`."""

@@ -1,0 +1,149 @@
+"""What a start would do on a card: the plan that it makes, from sizes that need no download."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+
+from image_worker.catalog import CATALOG, ModelEntry
+from image_worker.commands.facts import Card, Forecast, Row
+from image_worker.errors import DoesNotFit, InvalidSettings
+from image_worker.model import numbers
+from image_worker.model.hardware import GIB, Hardware
+from image_worker.model.placement import Plan, plan
+from image_worker.model.published import FullSize, full_size
+from image_worker.settings import Precision, Settings
+
+# Of the README's table of whole jobs: 1024² with one reference, Lightning 4 steps, everything on
+# the card. Nothing else is quoted, and nothing is estimated.
+MEASURED_ON = "NVIDIA H200"
+MEASURED: dict[str, float] = {"4bit": 0.92, "fp8": 0.89}  # seconds
+_UNKNOWN = "not measured on this card"
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+def forecast(
+    settings: Settings, entry: ModelEntry, card: Card | None, host: int | None
+) -> Forecast:
+    """For a model of the catalogue; of the miniature, which fits anywhere, there is no table.
+
+    card: None without one, and then there is no table either; host: bytes of its memory that are
+    free.
+    """
+    shown = CATALOG["edit-2509"] if entry.name == "mini" else entry
+    model = full_size(shown, settings)
+    rows: tuple[Row, ...] = ()
+    chosen, problem, from_disk, held = None, None, False, 0
+    hardware = _hardware(settings, card, host)
+    if hardware is not None and card is not None:
+        rows = tuple(_row(_only(settings, one), model, hardware, one) for one in PRECISIONS)
+        if entry is shown:
+            try:
+                decided = plan(settings, model.sizes, model.shape, hardware)
+                chosen = _as_row(settings, decided, hardware)
+                from_disk, held = decided.from_disk, _held(decided, model)
+                problem = _refused(settings, decided.precision, hardware)
+            except DoesNotFit as error:
+                problem = str(error)
+    elif entry is shown:
+        first = "bf16" if settings.precision_mode == "auto" else settings.precision_mode
+        held = model.prepared(first)
+    return Forecast(
+        of=shown.name,
+        rows=rows,
+        chosen=chosen,
+        problem=problem,
+        from_disk=from_disk,
+        host=held,
+        checkpoint=model.checkpoint,
+        adapter=model.lora if settings.use_lightning_lora else 0,
+        prepared={
+            one: model.prepared(one, whole=settings.keep_prepared == "whole") for one in PRECISIONS
+        },
+    )
+
+
+def products(settings: Settings, precision: Precision, hardware: Hardware) -> str:
+    """What the transformer multiplies in.
+
+    Raises:
+        InvalidSettings: the card cannot what the settings ask for.
+    """
+    dtype = numbers.choose_dtype(settings, hardware)
+    stored: Precision = precision if settings.quantize_components == "all" else "bf16"
+    found = numbers.choose_products(settings, stored, hardware, dtype)
+    if found != "bf16":
+        return found
+    if stored == "8bit":
+        return "LLM.int8()"
+    return "bf16" if dtype == torch.bfloat16 else "fp16"
+
+
+def _products(settings: Settings, precision: Precision, hardware: Hardware) -> str:
+    try:
+        return products(settings, precision, hardware)
+    except InvalidSettings:
+        return "impossible"
+
+
+def _hardware(settings: Settings, card: Card | None, host: int | None) -> Hardware | None:
+    """As the plan wants it; None: there is no card, or nobody says how much memory it has."""
+    if card is None or card.free is None or card.capability is None:
+        return None
+    free = card.free
+    if settings.gpu_max_gib is not None:
+        free = min(free, int(settings.gpu_max_gib * GIB))
+    return Hardware(card.name, free, card.capability >= (8, 0), card.capability, host)
+
+
+def _only(settings: Settings, precision: Precision) -> Settings:
+    """The same with this precision. The older name for offloading 8bit becomes the newer one."""
+    update: dict[str, object] = {"precision_mode": precision, "int8_cpu_offload": False}
+    if settings.int8_cpu_offload:
+        update["cpu_offload"] = "stream"
+    return settings.model_copy(update=update)
+
+
+def _row(settings: Settings, model: FullSize, hardware: Hardware, precision: Precision) -> Row:
+    try:
+        return _as_row(settings, plan(settings, model.sizes, model.shape, hardware), hardware)
+    except DoesNotFit as error:
+        multiplied = _products(settings, precision, hardware)
+        return Row(precision, "no", None, multiplied, _UNKNOWN, str(error))
+
+
+def _as_row(settings: Settings, decided: Plan, hardware: Hardware) -> Row:
+    measured = MEASURED.get(decided.precision)
+    is_known = measured is not None and MEASURED_ON in hardware.name and not decided.streamed
+    passing = "blocks pass, from disk" if decided.from_disk else "blocks pass"
+    return Row(
+        precision=decided.precision,
+        places=passing if decided.streamed else "all stay",
+        peak=decided.peak,
+        products=_products(settings, decided.precision, hardware),
+        speed=f"{measured} s a job on an {MEASURED_ON}" if is_known else _UNKNOWN,
+        why=decided.describe(),
+    )
+
+
+def _refused(settings: Settings, precision: Precision, hardware: Hardware) -> str | None:
+    """What a start would refuse of this card, although the model fits."""
+    try:
+        products(settings, precision, hardware)
+        numbers.attends_in_int8(settings, hardware, numbers.choose_dtype(settings, hardware))
+    except InvalidSettings as error:
+        return str(error)
+    return None
+
+
+def _held(decided: Plan, model: FullSize) -> int:
+    """Bytes of weights that the host's memory holds."""
+    sizes = model.sizes[decided.precision]
+    passing = sum(
+        size
+        for name, blocks in sizes.blocks.items()
+        for number, size in enumerate(blocks)
+        if f"{name}.{number:02d}" in decided.streamed
+    )
+    return model.host + (0 if decided.from_disk else passing)
