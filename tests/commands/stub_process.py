@@ -77,7 +77,7 @@ class StubProcess:
     def _started(self) -> dict[str, Any]:
         steps = [{"name": "load <vae>", "seconds": 0.5}]
         facts = {"seconds": 2.5, "steps": steps, "plan": "everything", "weights": "4bit"}
-        return {**facts, "model": "mini", "streamed": 0, "shape": SHAPE, **self._memory()}
+        return {**facts, "model": "mini", "confined": False, "shape": SHAPE, **self._memory()}
 
     def _edited(self, order: Mapping[str, Any], name: str) -> dict[str, Any]:
         seed = order["input"]["seed"]

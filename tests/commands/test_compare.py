@@ -160,7 +160,7 @@ def test_weights_that_pass_for_lack_of_room_do_not_count(tmp_path: Path) -> None
 
     def answer(variables: Mapping[str, str], order: Mapping[str, Any]) -> dict[str, Any] | None:
         if order["do"] == "start" and len(stubs.alive) > 1:
-            return {"streamed": 30}
+            return {"confined": True}
         return None
 
     stubs.answer = answer

@@ -83,17 +83,19 @@ def run(options: argparse.Namespace) -> int:
         sys.stderr.write(f"error: {error.type}: {error}\n")
         return 2
     except OSError as error:
-        sys.stderr.write(f"error: {options.out} cannot be written: {error.strerror}\n")
-        return 2
+        return _cannot_write(options.out, error)
     command, status = command_of(options), 0
     try:
-        with _Bar(trial, command) as watcher:
-            measure(trial, watcher)
-    except KeyboardInterrupt:
-        status = _INTERRUPTED
-        sys.stderr.write("interrupted: the same command goes on from here\n")
-    found = results(trial, command)
-    _write(trial, found)
+        try:
+            with _Bar(trial, command) as watcher:
+                measure(trial, watcher)
+        except KeyboardInterrupt:
+            status = _INTERRUPTED
+            sys.stderr.write("interrupted: the same command goes on from here\n")
+        found = results(trial, command)
+        _write(trial, found)
+    except OSError as error:
+        return _cannot_write(options.out, error)
     from image_worker.commands.compare_words import markdown
 
     sys.stdout.write(f"{markdown(found)}\n{trial.out / 'index.html'}\n")
@@ -152,6 +154,11 @@ def _machine(out: Path) -> dict[str, Any]:
             return process.ask(do="machine")
         except WayFailed as failed:
             raise InternalError(f"the machine could not be looked at: {failed}") from None
+
+
+def _cannot_write(out: Path, error: OSError) -> int:
+    sys.stderr.write(f"error: {out} cannot be written: {error.strerror}\n")
+    return 2
 
 
 def _write(trial: Trial, found: dict[str, Any]) -> None:

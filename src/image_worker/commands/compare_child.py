@@ -40,6 +40,7 @@ def main() -> None:
     for line in sys.stdin:
         answers.write(json.dumps(child.answer(json.loads(line))) + "\n")
         answers.flush()
+    child.close()
 
 
 class Child:
@@ -58,6 +59,11 @@ class Child:
             log.exception("unforeseen error")
             return {"error": InternalError(f"{type(error).__name__}: {error}").reply()}
         return found
+
+    def close(self) -> None:
+        """Ends the worker's threads."""
+        if self._worker is not None:
+            self._worker.close()
 
     def _machine(self, order: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         from image_worker.commands.compare_machine import facts
@@ -88,7 +94,7 @@ class Child:
             "model": model.entry.name,
             "weights": model.weights,
             "plan": model.plan.describe(),
-            "streamed": len(model.plan.streamed),
+            "confined": _is_confined(worker),
             "shape": _shape(worker),
             **memory(),
         }
@@ -154,6 +160,12 @@ def memory() -> dict[str, int | None]:
         "card_free": torch.cuda.mem_get_info()[0] if has_card else None,
         "host": int(host_peak_gib() * 2**30),
     }
+
+
+def _is_confined(worker: Worker) -> bool:
+    """Whether weights pass through the card, or usual pictures go through the VAE in tiles."""
+    plan, area = worker.model.plan, worker.model.entry.area
+    return bool(plan.streamed) or (plan.max_pixels is not None and plan.max_pixels < area)
 
 
 def _shape(worker: Worker) -> dict[str, int]:

@@ -14,7 +14,7 @@ from image_worker.model.host import free_host_memory
 
 KERNEL_ROUNDS = 20
 _SPARE = 1.15  # how much more than the largest way so far must be free for the next one
-_HOST_RESERVE = 2**30  # bytes, for this process and the others of the machine
+_RESERVE = 2**30  # bytes: of the card for CUDA itself, of the host for other processes
 _NO_ROOM = ("does_not_fit", "out_of_memory", "process_ended")
 
 
@@ -69,7 +69,7 @@ def _in_turns(
                     continue
                 watcher.begins(f"{way.name}: run {number + 1} of {len(rounds)}")
                 try:
-                    _run(trial, way, process, run, len(ways))
+                    _run(trial, way, process, run, in_turns=len(processes) > 1)
                     watcher.done(1)
                 except WayFailed as failed:
                     if len(processes) > 1 and failed.type in _NO_ROOM:
@@ -98,8 +98,8 @@ def _started(
     process = start(dict(way.variables), trial.log(way))
     try:
         started = process.ask(do="start", begun=process.begun, loras=list(way.loras))
-        if has_company and started["streamed"]:
-            raise NoRoom  # alone, more of it might stay on the card
+        if has_company and started["confined"]:
+            raise NoRoom  # alone, it might have more room
         watcher.begins(f"{way.name}: first job")
         first = process.ask(do="edit", input=_job(trial, trial.seeds[0]), picture=None)
     except WayFailed as failed:
@@ -122,12 +122,11 @@ def _started(
 def _has_room(most: dict[str, int]) -> bool:
     """Whether one more way as large as the largest so far could be held beside the others."""
     host = free_host_memory()
-    return most["card"] * _SPARE <= most["card_free"] and (
-        host is None or most["host"] * _SPARE + _HOST_RESERVE <= host
-    )
+    on_card = not most["card"] or most["card"] * _SPARE + _RESERVE <= most["card_free"]
+    return on_card and (host is None or most["host"] * _SPARE + _RESERVE <= host)
 
 
-def _run(trial: Trial, way: Way, process: Process, run: tuple[int, int], beside: int) -> None:
+def _run(trial: Trial, way: Way, process: Process, run: tuple[int, int], *, in_turns: bool) -> None:
     seed, repetition = run
     picture = trial.picture(way, seed)
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +135,7 @@ def _run(trial: Trial, way: Way, process: Process, run: tuple[int, int], beside:
         input=_job(trial, seed),
         picture=None if repetition else str(picture.absolute()),
     )
-    facts = {"seed": seed, "repetition": repetition, "in_turns": beside > 1}
+    facts = {"seed": seed, "repetition": repetition, "in_turns": in_turns}
     trial.records.add("run", trial.key(way), **facts, **found)
 
 

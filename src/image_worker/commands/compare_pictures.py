@@ -22,7 +22,7 @@ _QUALITY = 85
 
 
 def samples(results: Mapping[str, Any], out: Path) -> str:
-    """The first seeds' pictures of all ways, side by side, each above its difference."""
+    """The first seeds' pictures of all ways, side by side, each above where it differs."""
     shown = list(dict.fromkeys(results["seeds"]))[:_SEEDS]
     parts = []
     for seed in shown:
@@ -56,18 +56,21 @@ def _of_seed(results: Mapping[str, Any], out: Path, seed: int) -> Iterator[str]:
         if one["seed"] == seed
     }
     for name, (way, one) in files.items():
-        path, against = out / one["file"], files.get(way["against"])
+        path = out / one["file"]
         source = _of_file(path, path.stat().st_mtime_ns)
-        yield _figure(source, f"result of {name}, seed {seed}", name)
-        if against is None or one["ssim"] is None:
-            continue
-        other = out / against[1]["file"]
-        if one["same"]:
-            words = f"{name}: the same as {way['against']}"
-        else:
-            words = f"{name} against {way['against']}, {AMPLIFIED} times: {one['psnr']:.1f} dB"
-        source = _difference(path, path.stat().st_mtime_ns, other, other.stat().st_mtime_ns)
-        yield _figure(source, f"where {name} differs from {way['against']}, seed {seed}", words)
+        shown = _figure(source, f"result of {name}, seed {seed}", name)
+        against = files.get(way["against"])
+        if against is not None and one["ssim"] is not None:
+            shown += _apart(name, way["against"], one, path, out / against[1]["file"])
+        yield f"<div>{shown}</div>"
+
+
+def _apart(name: str, against: str, one: Mapping[str, Any], path: Path, other: Path) -> str:
+    """Where a picture differs from the one that it is compared with."""
+    words = f"against {against}, {AMPLIFIED} times: "
+    words += "the same" if one["same"] else f"{one['psnr']:.1f} dB"
+    source = _difference(path, path.stat().st_mtime_ns, other, other.stat().st_mtime_ns)
+    return _figure(source, f"where {name} differs from {against}, seed {one['seed']}", words)
 
 
 def _figure(source: str, alt: str, words: str) -> str:

@@ -47,7 +47,7 @@ def results(trial: Trial, command: str) -> Results:
         "machine": trial.machine,
         "code": trial.code,
         "level": LEVEL,
-        "reference": ", ".join(sorted(names)) or None,
+        "reference": " or ".join(sorted(names)) or None,
         "kernels": _kernels(trial),
         "job": _job(trial),
         "seeds": list(trial.seeds),
@@ -152,8 +152,8 @@ def _order(trial: Trial) -> str:
         return "All ways were loaded at the same time and took turns, one run each."
     if ways == {False}:
         return (
-            "The ways ran one after the other, since memory does not hold all of them, or since "
-            "there was one to measure: a card that grows hot slows the later ones."
+            "The ways ran one after the other, since memory does not hold all of them or only one "
+            "was to be measured: a card that grows hot slows the later ones."
         )
     if ways:
         return "Some runs were made in turns, and others one way after the other."
