@@ -7,22 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from image_worker import __main__ as command
 from image_worker.commands import compare_measuring
+from image_worker.commands.compare_child import start
 from image_worker.commands.compare_kernels import measure as measure_kernels
 from image_worker.commands.compare_kernels import pairs
 from image_worker.commands.compare_measuring import measure
 from image_worker.commands.compare_process import Process, WayFailed
 from image_worker.commands.compare_records import Records
 from image_worker.commands.compare_results import results
+from image_worker.commands.compare_statistics import psnr
 from image_worker.commands.compare_trial import seeds_of
 from image_worker.commands.compare_ways import parse
 from image_worker.errors import InvalidSettings
 from image_worker.kernels import fused, reference
+from image_worker.settings import Settings
 from tests.commands.stub_process import CARD, MACHINE, SHAPE, Stubs, Watched, trial
+from tests.conftest import MINI_FOLDER
+from tests.worker_jobs import job, picture
 
 
 def test_ways_are_precisions_files_or_settings() -> None:
@@ -188,6 +194,19 @@ def test_loras_are_compared_with_loras(tmp_path: Path) -> None:
     against = {way["name"]: way["against"] for way in results(this, "again")["ways"]}
     assert against["fp8"] == "bf16" and against["fp8 + LoRA"] == "bf16 + LoRA"
     assert against["bf16 + LoRA"] is None
+
+
+def test_a_lora_is_merged_on_top_of_lightning() -> None:
+    settings = Settings.from_env({"MODEL": "mini"})
+    style = MINI_FOLDER / "loras" / "miniature-outlined-style-bf16.safetensors"
+    found = []
+    for loras in ([], [style]):
+        worker = start(settings, loras)
+        found.append(worker.run_blocking(job(seed=1)))
+        worker.close()
+    assert all(reply["lightning_enabled"] for reply in found)
+    plain, styled = (np.asarray(picture(reply)) for reply in found)
+    assert psnr(plain, styled) < 35
 
 
 def test_without_bf16_the_first_way_is_compared_with(tmp_path: Path) -> None:

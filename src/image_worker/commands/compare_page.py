@@ -134,7 +134,7 @@ def _pictures(results: Mapping[str, Any], out: Path) -> str:
         return ""
     times = compare_pictures.AMPLIFIED
     return (
-        f'<p class="soft">Reduced; whole ones are in the folder <code>pictures</code>. Behind a '
+        f'<p class="soft">Reduced; whole ones are in the folder <code>pictures</code>. Under a '
         f"way's picture is where it differs: each channel's absolute difference, {times} times, "
         f"so black is the same, and white at least {-(-255 // times)} levels of 255 apart.</p>"
         f"{figures}"

@@ -46,7 +46,7 @@ thead th { color: var(--soft); font-weight: 600; }
 .plot .mark { stroke: var(--ink); stroke-width: 2.5; }
 .pictures { display: grid; gap: 12px; margin: 10px 0 18px;
   grid-template-columns: repeat(auto-fill, minmax(min(46%, 180px), 1fr)); }
-figure { margin: 0; min-width: 0; }
+figure { margin: 0 0 10px; min-width: 0; }
 figure img { display: block; width: 100%; height: auto; border-radius: 8px;
   border: 1px solid var(--line); background: var(--ground); }
 figcaption { padding-top: 4px; overflow-wrap: anywhere; }
