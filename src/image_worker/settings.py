@@ -246,6 +246,11 @@ class Settings(BaseSettings):
             )
 
 
+def environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with `changes`, for a process of its own."""
+    return {**os.environ, **changes}
+
+
 def _explain(
     cls: type[BaseSettings], values: Mapping[str, str], error: ValidationError
 ) -> list[str]:

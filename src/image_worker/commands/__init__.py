@@ -1,1 +1,1 @@
-"""What `python -m image_worker` does: edit, doctor and clean. `prepare` is in serve/."""
+"""What `python -m image_worker` does: edit, doctor, compare and clean. `prepare` is in serve/."""
