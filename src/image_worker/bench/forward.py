@@ -17,12 +17,13 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from image_worker.bench import ggml
 from image_worker.bench.random_model import CARD, random_model, random_row
 from image_worker.bench.stock_nf4 import use_bitsandbytes
 from image_worker.compute import Compute, automatic, possible
@@ -50,7 +51,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--outliers", action="store_true", help="some channels 20 times the others")
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of cases, from 0")
-    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=FORMATS)
+    parser.add_argument(
+        "--precisions", nargs="+", default=PRECISIONS, choices=(*FORMATS, *ggml.KINDS)
+    )
     parser.add_argument("--batch", type=int, default=1, help="rows of each forward")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--forwards", type=int, default=FORWARDS, help="of one way in each round")
@@ -122,7 +125,7 @@ def _transformer(model: Any, way: Way) -> Transformer:
 
 
 def _as_much_as_fits(
-    precision: Precision,
+    precision: str,
     rows: dict[tuple[int, int], Row],
     exact: dict[tuple[int, int], Tensor],
     options: argparse.Namespace,
@@ -139,7 +142,7 @@ def _as_much_as_fits(
 
 
 def _compare(
-    precision: Precision,
+    precision: str,
     extent: Extent,
     rows: dict[tuple[int, int], Row],
     exact: dict[tuple[int, int], Tensor],
@@ -154,6 +157,7 @@ def _compare(
     else:
         served = {way: ours(model, *way) for way in (ways if extent == "all ways" else ways[:1])}
         use_bitsandbytes(model.transformer_blocks, torch.bfloat16)  # as stock has them
+        ggml.use_diffusers(model.transformer_blocks, torch.bfloat16)
     results = []
     for case, row in rows.items():
         given = [row] * options.batch
@@ -171,12 +175,13 @@ def _compare(
     return results
 
 
-def _ways(precision: Precision, capability: tuple[int, int]) -> list[Way]:
+def _ways(precision: str, capability: tuple[int, int]) -> list[Way]:
     """What ours multiplies in, and whether it attends in int8; first what it does by default."""
+    like = cast("Precision", "4bit" if precision in ggml.KINDS else precision)
     hopper = capability == (9, 0)
-    compute = automatic(precision, capability, bf16=True)
+    compute = automatic(like, capability, bf16=True)
     ways: list[Way] = [(compute, True), (compute, False)] if hopper else [(compute, False)]
-    if compute != "int8" and "int8" in possible(precision, capability, bf16=True):
+    if compute != "int8" and "int8" in possible(like, capability, bf16=True):
         ways.append(("int8", hopper))
     return ways
 

@@ -6,12 +6,13 @@ sixty blocks, so that errors of rounding are of the size that a real model's are
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
+from image_worker.bench import ggml
 from image_worker.model.formats import FORMATS
 from image_worker.model.transformer import Row
 from image_worker.settings import Precision
@@ -22,7 +23,7 @@ CARD = torch.device("cuda")
 
 
 def random_model(
-    precision: Precision = "bf16", *, outliers: bool = False, modulation: torch.device = CARD
+    precision: str = "bf16", *, outliers: bool = False, modulation: torch.device = CARD
 ) -> Any:
     """diffusers' module, 20 B parameters in bf16 or what `precision` makes of the blocks' layers.
 
@@ -79,16 +80,26 @@ def plant_outliers(block: Any) -> None:
         values.weight.view(-1, head, width)[:, 1] *= OUTLIER_SIZE
 
 
-def quantise(blocks: nn.Module, precision: Precision) -> None:
-    """The layers that are stored in few bits become what `precision` makes of them, in place."""
-    form = FORMATS[precision]
-    if form is None:
+def quantise(blocks: nn.Module, precision: str) -> None:
+    """The layers that are stored in few bits become what `precision` makes of them, in place.
+
+    precision: of `PRECISION_MODE`, or one of ggml's types.
+    """
+    if precision == "bf16":
         return
     for name, layer in list(blocks.named_modules()):
         if isinstance(layer, nn.Linear) and "_mod." not in name:
-            found = form.encode(layer.weight.data, True, torch.bfloat16)
+            found = _encoded(layer.weight.data, precision)
             found.bias = layer.bias
             blocks.set_submodule(name, found)
+
+
+def _encoded(weight: torch.Tensor, precision: str) -> Any:
+    if precision in ggml.KINDS:
+        return ggml.encode(weight, precision)
+    form = FORMATS[cast("Precision", precision)]
+    assert form is not None
+    return form.encode(weight, True, torch.bfloat16)
 
 
 def random_row(side: int, references: int, text: int = PROMPT_TOKENS, seed: int = 1) -> Row:
