@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from image_worker.catalog import choose
+from image_worker.checkpoints import model_of
 from image_worker.model import dropping
 from image_worker.model.hardware import detect_hardware
 from image_worker.settings import Settings
@@ -26,7 +27,7 @@ def prepare(settings: Settings, *, drop: bool = False) -> Outcome:
         OperatorError: the settings cannot be honoured on this machine.
         CardLost: prepared weights are damaged, and were taken away.
     """
-    entry = choose(settings.model, has_card=detect_hardware(settings).free is not None)
+    entry = choose(model_of(settings), has_card=detect_hardware(settings).free is not None)
     if drop:
         dropping.check(entry, settings)
     worker = Worker.from_settings(settings)

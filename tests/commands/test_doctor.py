@@ -312,7 +312,7 @@ def test_whole_prepared_weights_may_stand_for_the_checkpoint() -> None:
 
 
 def test_a_checkpoint_of_another_program_is_not_looked_into() -> None:
-    found, _ = judge(facts(MIDDLE, CHECKPOINT="/models/one.safetensors"))
+    found, _ = judge(facts(MIDDLE, CHECKPOINT="me/mine:one.safetensors"))
     assert "CHECKPOINT is not looked into" in about(found, "model")
 
 

@@ -10,6 +10,7 @@ import pytest
 from image_worker import __main__ as command
 from image_worker import catalog
 from image_worker.model import prepared
+from image_worker.serve.prepare import prepare
 from image_worker.settings import Settings
 from image_worker.worker import Worker
 from tests.model.cached_model import ENTRY, put_all, weights_in
@@ -112,3 +113,10 @@ def test_another_command_is_refused(monkeypatch: Any, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         command.main()
     assert "prepare" in capsys.readouterr().err
+
+
+def test_whole_has_no_meaning_with_a_checkpoint(monkeypatch: Any, capsys: Any) -> None:
+    """Whose layers each start reads: the model's own files may not go."""
+    monkeypatch.setenv("CHECKPOINT", "me/mine:file.gguf")
+    assert prepare(whole=True, drop=True) == 2
+    assert "KEEP_PREPARED=whole has no meaning with CHECKPOINT" in capsys.readouterr().err

@@ -85,11 +85,13 @@ def look() -> tuple[Facts, Forecast | None]:
 
 
 def _settings() -> tuple[Settings | None, str | None]:
+    from image_worker.checkpoints import model_of
     from image_worker.job.storage import Storage
     from image_worker.settings import Settings
 
     try:
         settings = Settings.from_env()
+        model_of(settings)  # whether CHECKPOINT names anything
         Storage.from_settings(settings)  # as a start does
     except InvalidSettings as error:
         return None, str(error)

@@ -240,9 +240,10 @@ def _check(job: dict[str, Any], settings: Settings) -> None:
     import torch
 
     from image_worker.catalog import choose
+    from image_worker.checkpoints import model_of
     from image_worker.job.request import EditRequest
 
-    entry = choose(settings.model, has_card=torch.cuda.is_available())
+    entry = choose(model_of(settings), has_card=torch.cuda.is_available())
     if entry.max_images and "images" not in job["input"]:
         raise InvalidRequest(f"{entry.name} edits pictures: name one before the instruction")
     EditRequest.parse(job["input"], entry)

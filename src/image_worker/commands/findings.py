@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from image_worker.catalog import CATALOG, ModelEntry, choose
+from image_worker.checkpoints import model_of
 from image_worker.commands.facts import Facts, Finding, Forecast, Status
 from image_worker.commands.on_disk import on_disk
 from image_worker.commands.packages import STRANGERS
@@ -22,7 +23,7 @@ def served(facts: Facts) -> ModelEntry | None:
     """The model that a start would serve; None: the settings do not say."""
     if facts.settings is None:
         return None
-    return choose(facts.settings.model, has_card=facts.card is not None)
+    return choose(model_of(facts.settings), has_card=facts.card is not None)
 
 
 def findings(facts: Facts, forecast: Forecast | None) -> list[Finding]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 
 from image_worker.errors import WorkerError
 from image_worker.serve.main import set_up_logging
-from image_worker.settings import Settings
+from image_worker.serve.process import prepare_process
+from image_worker.settings import Settings, environment
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +20,11 @@ def prepare(*, whole: bool = False, drop: bool = False) -> int:
     Weights are downloaded and written to MODEL_DIR/prepared unless they are there already. whole:
     so that they need no checkpoint; drop: that is then removed from MODEL_DIR.
     """
+    prepare_process()
     try:
         settings = Settings.from_env()
         wanted = "whole" if whole or settings.keep_prepared == "whole" else "1"
-        settings = settings.model_copy(update={"keep_prepared": wanted})
+        settings = Settings.from_env(environment({"KEEP_PREPARED": wanted}))
         set_up_logging(settings)
         from image_worker.preparing import prepare
 
@@ -29,6 +32,8 @@ def prepare(*, whole: bool = False, drop: bool = False) -> int:
     except WorkerError as error:
         sys.stderr.write(f"error: {error.type}: {error}\n")
         return 2
+    finally:
+        gc.enable()
     if not outcome.prepared:
         sys.stderr.write("error: the prepared weights could not be kept; the log says why\n")
         return 2
