@@ -61,7 +61,7 @@ def served(source: Any, compute: Compute = "bf16") -> Transformer:
 
 
 def made_up(names: Iterable[str], seed: int = 0, rank: int = 4) -> Lora:
-    """A LoRA that changes these layers, those of blocks in every block, about as much as they do."""
+    """A LoRA that changes these layers, those of blocks in every block."""
     generator = torch.Generator().manual_seed(seed)
     layers = dict(source("bf16").named_modules())
     pairs = {}

@@ -70,6 +70,11 @@ class Lora:
         tensors = {name: file.read(name) for name in file.parts if only(_module(name))}
         return cls(path.name, _pairs(path.name, tensors, scales))
 
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors, on the host."""
+        return sum(pair.down.nbytes + pair.up.nbytes for pair in self.pairs.values())
+
     def check_fits(self, model: nn.Module) -> None:
         """Every module that the file names must be a linear layer of `model`, of fitting shape.
 
