@@ -153,7 +153,7 @@ def _build(
         is_complete=found.is_complete,
         checkpoint=checkpoint,
     )
-    _tell_numbers(recipe)
+    numbers.tell(dtype, compute, int8_attention=int8)
 
     def start(decided: Plan) -> Model:
         return _start(recipe, decided, cold_start, first_edit)
@@ -206,17 +206,6 @@ def _transformers_precision(
     if found is not None:
         return from_checkpoint.like(found)
     return decided.precision if settings.quantize_components == "all" else "bf16"
-
-
-def _tell_numbers(recipe: Recipe) -> None:
-    """Logs what is computed in what."""
-    own = numbers.name_of(recipe.dtype)
-    log.info(
-        "numbers in %s, products in %s, attention in %s",
-        own,
-        own if recipe.compute == "bf16" else recipe.compute,
-        "int8" if recipe.int8_attention else own,
-    )
 
 
 def _start(
