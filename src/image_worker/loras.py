@@ -102,9 +102,7 @@ class Loras:
             InvalidSettings: `LORA_DIR` is no folder.
         """
         self._settings, self._model = settings, model
-        self._folder = settings.lora_dir.expanduser().resolve() if settings.lora_dir else None
-        if self._folder is not None and not self._folder.is_dir():
-            raise InvalidSettings(f"LORA_DIR={settings.lora_dir} is no folder of this machine")
+        self._folder = folder_of(settings)
         self._max_bytes = settings.max_lora_mb * 10**6
         self._read: Kept[Lora] = Kept(settings.lora_cache_mb * 10**6)
         self._reading = Budget(2 * self._max_bytes)  # of the host's memory
@@ -206,6 +204,20 @@ class Loras:
         sources.fetch(source.url, place, self._max_bytes)
         _trim(folder, _FILES_KEPT * self._max_bytes, place)
         return place
+
+
+def folder_of(settings: Settings) -> Path | None:
+    """`LORA_DIR`, resolved; None: jobs may name nothing there.
+
+    Raises:
+        InvalidSettings: it is no folder.
+    """
+    if settings.lora_dir is None:
+        return None
+    folder = settings.lora_dir.expanduser().resolve()
+    if not folder.is_dir():
+        raise InvalidSettings(f"LORA_DIR={settings.lora_dir} is no folder of this machine")
+    return folder
 
 
 def _not_here() -> InvalidLora:

@@ -28,7 +28,7 @@ from image_worker.job.images import load_images
 from image_worker.job.request import EditRequest, named, summary
 from image_worker.job.response import Outlet, failure, make_reply
 from image_worker.job.storage import Storage
-from image_worker.loras import Loras
+from image_worker.loras import Loras, folder_of
 from image_worker.model.build import Model, build
 from image_worker.model.hardware import detect_hardware
 from image_worker.orders import Made, Order
@@ -65,6 +65,7 @@ class Worker:
             OperatorError: the settings cannot be honoured on this machine.
         """
         Storage.from_settings(settings)  # a wrong one is found before any job
+        folder_of(settings)
         hardware = detect_hardware(settings)
         entry = choose(model_of(settings), has_card=hardware.free is not None)
         if settings.model == "auto":

@@ -224,33 +224,37 @@ def card_bytes(loras: Iterable[Scaled], dtype: torch.dtype) -> int:
 def _joined(
     names: Sequence[str], loras: Sequence[Scaled], device: torch.device, dtype: torch.dtype
 ) -> LowRank | None:
-    """Of layers of one shape, in the order of their outputs."""
+    """Of layers of one shape, in the order of their outputs. Put together where it will lie, which
+    takes a card no time.
+    """
     downs, ups, rank = [], [], 0
     for number, name in enumerate(names):
         pairs = [(lora.pairs[name], scale) for lora, scale in loras if name in lora.pairs]
         if not pairs:
             continue
-        up = torch.cat([pair.up.float() * (pair.scale * scale) for pair, scale in pairs], dim=1)
+        up = torch.cat(
+            [pair.up.to(device).float() * (pair.scale * scale) for pair, scale in pairs], dim=1
+        )
         outputs, own = len(up), up.shape[1]
         ups.append(
             (
                 slice(number * outputs, (number + 1) * outputs),
                 slice(rank, rank + own),
-                _held(name, up, device, dtype),
+                _held(name, up, dtype),
             )
         )
-        downs += [pair.down.float() for pair, _ in pairs]
+        downs += [pair.down.to(device).float() for pair, _ in pairs]
         rank += own
     if not ups:
         return None
-    return LowRank(_held(names[0], torch.cat(downs), device, dtype), tuple(ups))
+    return LowRank(_held(names[0], torch.cat(downs), dtype), tuple(ups))
 
 
-def _held(name: str, wide: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _held(name: str, wide: Tensor, dtype: torch.dtype) -> Tensor:
     found = wide.to(dtype)
     if not torch.isfinite(found).all():
         raise ModelMismatch(f"the change of {name} is too large for the type that is computed in")
-    return found.to(device)
+    return found
 
 
 def _widened(x: Quantised, piece: slice) -> Tensor:
