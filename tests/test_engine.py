@@ -229,11 +229,11 @@ def test_memory_that_runs_out_splits_a_batch_and_is_remembered(
     counts: list[int] = []
     stock = denoise_module.velocities
 
-    def velocities(module: Any, rows: Sequence[Any]) -> Any:
+    def velocities(module: Any, rows: Sequence[Any], *rest: Any) -> Any:
         counts.append(len(rows))
         if len(rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return stock(module, rows)
+        return stock(module, rows, *rest)
 
     stage = Stage(monkeypatch)
     monkeypatch.setattr(denoise_module, "velocities", velocities)
@@ -256,10 +256,10 @@ def test_memory_that_runs_out_splits_a_batch_and_is_remembered(
 def test_only_the_job_that_does_not_fit_alone_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = denoise_module.velocities
 
-    def velocities(module: Any, rows: Sequence[Any]) -> Any:
+    def velocities(module: Any, rows: Sequence[Any], *rest: Any) -> Any:
         if any(len(row.image) > 130 for row in rows):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return stock(module, rows)
+        return stock(module, rows, *rest)
 
     monkeypatch.setattr(denoise_module, "velocities", velocities)
     stage = Stage(monkeypatch)
@@ -278,10 +278,10 @@ def with_room_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> Stage:
     """On a card that holds a forward of so many tokens, and no more."""
     stock = denoise_module.velocities
 
-    def velocities(module: Any, rows: Sequence[Any]) -> Any:
+    def velocities(module: Any, rows: Sequence[Any], *rest: Any) -> Any:
         if sum(len(row.image) + len(row.text) for row in rows) > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return stock(module, rows)
+        return stock(module, rows, *rest)
 
     stage = Stage(monkeypatch, token_bytes=1000)
     monkeypatch.setattr(denoise_module, "velocities", velocities)
@@ -362,10 +362,10 @@ def test_an_unforeseen_failure_in_company_is_one_jobs_alone(
     culprit = order(seed=2, prompt=prompt)
     (length,) = conditions.row_lengths(model_of(), culprit.prepared, (128, 128), 1)
 
-    def velocities(module: Any, rows: Sequence[Any]) -> Any:
+    def velocities(module: Any, rows: Sequence[Any], *rest: Any) -> Any:
         if any(len(row.text) == length.text for row in rows):
             raise ValueError("this one" if len(rows) == 1 else "someone")
-        return stock(module, rows)
+        return stock(module, rows, *rest)
 
     monkeypatch.setattr(denoise_module, "velocities", velocities)
     stage = Stage(monkeypatch)

@@ -130,11 +130,11 @@ def test_the_last_picture_gives_the_shape(worker: Worker) -> None:
 def test_one_job_at_a_time_has_the_card(worker: Worker, monkeypatch: Any) -> None:
     stock, busy, most = denoise_module.velocities, [], []
 
-    def counting(module: Any, rows: Any) -> Any:
+    def counting(module: Any, rows: Any, *rest: Any) -> Any:
         busy.append(1)
         most.append(len(busy))
         time.sleep(0.01)
-        found = stock(module, rows)
+        found = stock(module, rows, *rest)
         busy.pop()
         return found
 
@@ -247,6 +247,20 @@ def malformed() -> list[Any]:
         {"prompt": "x", "image": good, "width": 4096, "height": 4096},
         {"prompt": "x", "image": good, "output_format": "exe"},
     ]
+    inputs += [
+        {"prompt": "x", "image": good, "loras": value}
+        for value in (
+            1,
+            {},
+            ["x"],
+            [{}],
+            [{"source": "../x.safetensors"}],
+            [{"source": "x.safetensors"}],
+            [{"source": "x.safetensors", "scale": 5}],
+            [{"source": "http://a.example/x.safetensors"}],
+            [{"source": "https://127.0.0.1/x.safetensors"}],
+        )
+    ]
     return inputs
 
 
@@ -261,7 +275,12 @@ def test_a_hundred_malformed_jobs_each_get_a_typed_error(
             reply = worker.run_blocking({"id": str(number), "input": job_input})
             assert set(reply) == {"error"}, f"accepted: {str(job_input)[:200]}"
             error = reply["error"]
-            assert error["type"] in ("invalid_request", "invalid_image", "image_unavailable")
+            assert error["type"] in (
+                "invalid_request",
+                "invalid_image",
+                "image_unavailable",
+                "invalid_lora",
+            )
             assert error["message"] and len(error["message"]) <= 2000
             for secret in ("Traceback", "/usr", "/root", "site-packages", 'File "'):
                 assert secret not in error["message"]
@@ -313,8 +332,8 @@ def test_other_libraries_lack_memory_in_other_words(
 def test_numbers_that_overflow_are_no_picture(worker: Worker, monkeypatch: Any) -> None:
     stock = denoise_module.velocities
 
-    def overflow(module: Any, rows: Any) -> Any:
-        return [velocity * float("inf") for velocity in stock(module, rows)]
+    def overflow(module: Any, rows: Any, *rest: Any) -> Any:
+        return [velocity * float("inf") for velocity in stock(module, rows, *rest)]
 
     monkeypatch.setattr(denoise_module, "velocities", overflow)
     error = worker.run_blocking(job())["error"]

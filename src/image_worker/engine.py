@@ -99,7 +99,7 @@ class Engine:
         The future raises `WorkerError`s, and whatever was unforeseen.
         """
         rows = row_lengths(self.model, order.prepared, order.size, len(order.seeds))
-        load = Load(len(order.seeds), tuple(rows))
+        load = Load(len(order.seeds), tuple(rows), order.style and order.style.key)
         task = Task(order, load, Future(), time.perf_counter())
         with self._state:
             if self._lost or self._closed:
@@ -186,6 +186,7 @@ class Engine:
         text = encode_prompts(model, order.prepared)
         references = encode_references(model, order.prepared)
         conditions = Conditions(*text, references, order.prepared.shapes)
+        adapter = order.adapter(model)
         return [
             start(
                 model,
@@ -194,6 +195,7 @@ class Engine:
                 seed=seed,
                 steps=order.steps,
                 cfg_scale=order.cfg_scale,
+                adapter=adapter,
             )
             for seed in order.seeds
         ]

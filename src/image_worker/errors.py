@@ -4,7 +4,9 @@
     ├── CallerError                the job is wrong; the next job is fine
     │   ├── InvalidRequest         a field is missing, misspelt, of the wrong type or out of range
     │   ├── InvalidImage           the bytes are no picture that this worker accepts
-    │   └── ImageUnavailable       the URL could not be fetched (may be retried)
+    │   ├── ImageUnavailable       the URL could not be fetched (may be retried)
+    │   ├── InvalidLora            what is named is no LoRA for this model, or may not be had
+    │   └── LoraUnavailable        the LoRA could not be fetched (may be retried)
     ├── OperatorError              the deployment is wrong; raised before the first job is taken
     │   ├── InvalidSettings        an environment variable has a value that is not allowed
     │   ├── ModelUnavailable       files are missing and may not, or cannot, be downloaded
@@ -76,6 +78,15 @@ class InvalidImage(CallerError):
 
 class ImageUnavailable(CallerError):
     type = "image_unavailable"
+    retryable = True
+
+
+class InvalidLora(CallerError):
+    type = "invalid_lora"
+
+
+class LoraUnavailable(CallerError):
+    type = "lora_unavailable"
     retryable = True
 
 

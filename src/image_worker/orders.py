@@ -12,6 +12,9 @@ from torch import Tensor
 from image_worker.edit.batching import Load
 from image_worker.edit.conditions import Prepared
 from image_worker.edit.denoise import Picture
+from image_worker.loras import Style
+from image_worker.model.adapters import Adapter
+from image_worker.model.build import Model
 
 Watcher = Callable[[int, int, "Tensor | None"], None]
 
@@ -20,8 +23,8 @@ Watcher = Callable[[int, int, "Tensor | None"], None]
 class Order:
     """What is asked of the card for one job: pictures of one size, one for each seed.
 
-    watcher(step, of, preview) is called on the engine's thread after each step; preview, where it
-    is wanted, is (height, width, 3) uint8 on the CPU.
+    style: its LoRAs; watcher(step, of, preview) is called on the engine's thread after each step;
+    preview, where it is wanted, is (height, width, 3) uint8 on the CPU.
     """
 
     prepared: Prepared
@@ -29,8 +32,17 @@ class Order:
     seeds: Sequence[int]
     steps: int
     cfg_scale: float
+    style: Style | None = None
     watcher: Watcher | None = None
     previews: bool = False
+
+    def adapter(self, model: Model) -> Adapter | None:
+        """Its LoRAs on the card; on the engine's thread.
+
+        Raises:
+            InvalidLora, LoraUnavailable, OutOfMemory: as `Style.adapter`.
+        """
+        return self.style.adapter(model) if self.style else None
 
 
 @dataclass(frozen=True)

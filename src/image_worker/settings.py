@@ -102,6 +102,18 @@ class Settings(BaseSettings):
     lightning_steps: Annotated[Literal[4, 8], BeforeValidator(_number_in_text)] = Field(
         8, description="which Lightning LoRA: the one for 4 or the one for 8 steps"
     )
+    lora_dir: Path | None = Field(
+        None, description="folder with LoRAs that jobs may name; unset, they may name none there"
+    )
+    max_lora_mb: int = Field(
+        2048, ge=1, le=100_000, description="largest file of a LoRA that a job names, in MB"
+    )
+    lora_cache_mb: int = Field(
+        1024,
+        ge=0,
+        le=1_000_000,
+        description="memory for LoRAs of earlier jobs, in MB, on the host and again on the card",
+    )
     cpu_offload: Offload = Field(
         "auto",
         description="which weights stay on the card: as many as fit (auto), all (none), or as few "

@@ -25,9 +25,10 @@ from image_worker.edit.schedule import check_steps
 from image_worker.engine import Engine
 from image_worker.errors import CardLost, InternalError, InvalidRequest, WorkerError
 from image_worker.job.images import load_images
-from image_worker.job.request import EditRequest, summary
+from image_worker.job.request import EditRequest, named, summary
 from image_worker.job.response import Outlet, failure, make_reply
 from image_worker.job.storage import Storage
+from image_worker.loras import Loras, folder_of
 from image_worker.model.build import Model, build
 from image_worker.model.hardware import detect_hardware
 from image_worker.orders import Made, Order
@@ -50,6 +51,7 @@ class Worker:
     def __init__(self, settings: Settings, model: Model) -> None:
         self.settings = settings
         self.model = model
+        self.loras = Loras(settings, model)
         self.engine = Engine(model, settings.batch_size, settings.batch_timeout_ms / 1000)
         self._preparing = ThreadPoolExecutor(_PREPARING, "preparing")
         self._finishing = ThreadPoolExecutor(_FINISHING, "finishing")
@@ -63,6 +65,7 @@ class Worker:
             OperatorError: the settings cannot be honoured on this machine.
         """
         Storage.from_settings(settings)  # a wrong one is found before any job
+        folder_of(settings)
         hardware = detect_hardware(settings)
         entry = choose(model_of(settings), has_card=hardware.free is not None)
         if settings.model == "auto":
@@ -153,13 +156,14 @@ class Worker:
         outlet = Outlet.of(self.settings, job.get("s3Config"), job_id)
         if self.settings.runpod_webhook_get_job is None:
             outlet = replace(outlet, max_bytes=None)  # only the queue drops large replies
+        style = self.loras.style(request.loras or ())
         references = load_images(request.sources, partial(conditions.as_reference, self.model))
         cfg_scale = self._cfg_scale(request)
         negative = (request.negative_prompt or " ") if cfg_scale > 1 else None
         prepared = conditions.prepare(self.model, request.prompt, negative, references)
         size = self._size(request, references)
-        check_fits(self.model, prepared, size)
-        order = Order(prepared, size, request.seeds, self._steps(request), cfg_scale)
+        check_fits(self.model, prepared, size, style.nbytes if style else 0)
+        order = Order(prepared, size, request.seeds, self._steps(request), cfg_scale, style)
         return request, order, outlet
 
     def _check(self, request: EditRequest) -> None:
@@ -179,6 +183,7 @@ class Worker:
             "num_inference_steps": order.steps,
             "lightning_enabled": self.model.lightning_steps is not None,
             "true_cfg_scale": order.cfg_scale,
+            "loras": named(request),
             "width": width,
             "height": height,
             "output_format": request.output_format,

@@ -106,9 +106,9 @@ def test_rows_share_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
     stock = transformer.velocities
 
-    def counting(module: Any, rows: Any) -> Any:
+    def counting(module: Any, rows: Any, *rest: Any) -> Any:
         counts.append(len(rows))
-        return stock(module, rows)
+        return stock(module, rows, *rest)
 
     monkeypatch.setattr("image_worker.edit.denoise.velocities", counting)
     alike = [{**JOBS[0], "steps": steps} for steps in (4, 2)] + [{**JOBS[0], "cfg": 2.0}]

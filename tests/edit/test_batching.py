@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +33,21 @@ def test_forwards_are_as_few_as_their_limit_allows() -> None:
 
 def load(image: int = 1000, text: int = 100, pictures: int = 1, rows: int = 1) -> Load:
     return Load(pictures, (Length(image, text),) * rows * pictures)
+
+
+def test_rows_of_other_loras_have_forwards_of_their_own() -> None:
+    small = [Length(1000, 100)] * 5
+    assert shares(small, None, ["a"] * 5) == shares(small, None)
+    assert shares(small, None, ["a", "a", None, "b", "b"]) == [[0, 1], [2], [3, 4]]
+    assert shares(small, 2200, ["a", "a", "a", None, None]) == [[0, 1], [2], [3, 4]]
+
+
+def test_nobody_joins_jobs_of_other_loras() -> None:
+    limits = Limits(pictures=4)
+    styled = dataclasses.replace(load(), style="a")
+    assert joins([styled], styled, limits)
+    assert not joins([styled], load(), limits) and not joins([load()], styled, limits)
+    assert joins([], styled, limits)
 
 
 def test_a_job_joins_those_whose_forward_it_can_share() -> None:

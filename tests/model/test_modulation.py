@@ -20,10 +20,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Any:
     passes: list[list[float]] = []
     stock = found._make
 
-    def make(levels: Any) -> Any:
+    def make(levels: Any, changed: Any) -> Any:
         if levels:
             passes.append(list(levels))
-        return stock(levels)
+        return stock(levels, changed)
 
     monkeypatch.setattr(found, "_make", make)
     monkeypatch.setattr(modulation, "KEPT", 3)

@@ -40,7 +40,7 @@ EXCLUDED = [schemathesis.checks.positive_data_acceptance]
 # What makes of a right job, by the document, one that this model does, and soon.
 POSSIBLE = {"num_inference_steps": 1, "true_cfg_scale": 1, "output_format": "webp"}
 JOB = POSSIBLE | {"image": PICTURE, "width": 64, "height": 64, "num_images": 1}
-JOB |= dict.fromkeys(("image_url", "image_base64", "images"))
+JOB |= dict.fromkeys(("image_url", "image_base64", "images", "loras"))
 NO_PICTURE = JOB | {"image": "AAAA"}
 FORM = POSSIBLE | {"model": "mini", "size": "64x64", "n": 1}
 

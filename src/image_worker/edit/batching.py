@@ -6,7 +6,7 @@ and from some number of tokens on so does its time, so there are limits to them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 # Tokens that keep a card busy. An H200 took, in one measurement, 52 ms for 1,088 of them and 80 for
@@ -46,15 +46,19 @@ class Limits:
         self.tokens = min(tokens - 1, tokens - 1 if self.tokens is None else self.tokens)
 
 
-def shares(lengths: Sequence[Length], tokens: int | None) -> list[list[int]]:
+def shares(
+    lengths: Sequence[Length], tokens: int | None, styles: Sequence[Hashable] = ()
+) -> list[list[int]]:
     """Numbers of rows, forward by forward, in their order, each row once.
 
-    No forward has more than `tokens` tokens unless it is of one row alone.
+    No forward has more than `tokens` tokens unless it is of one row alone. styles: what is the same
+    for all rows of a forward, one for each row; none: it is the same for all.
     """
     found: list[list[int]] = []
     room = 0
     for number, length in enumerate(lengths):
-        if found and (tokens is None or length.total <= room):
+        alike = not styles or number == 0 or styles[number] == styles[number - 1]
+        if found and alike and (tokens is None or length.total <= room):
             found[-1].append(number)
         else:
             found.append([number])
@@ -65,19 +69,25 @@ def shares(lengths: Sequence[Length], tokens: int | None) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Load:
-    """What a job asks of the transformer: its pictures, and the rows of all of them."""
+    """What a job asks of the transformer: its pictures, and the rows of all of them.
+
+    style: the key of its LoRAs; None: it has none.
+    """
 
     pictures: int
     rows: tuple[Length, ...]
+    style: Hashable = None
 
 
 def joins(running: Sequence[Load], newcomer: Load, limits: Limits) -> bool:
     """Whether a job can join others between two of their steps, and gain by it.
 
-    The first job always runs.
+    The first job always runs. Those with other LoRAs would have forwards of their own.
     """
     if not running:
         return True
+    if any(load.style != newcomer.style for load in running):
+        return False
     loads = [*running, newcomer]
     if sum(load.pictures for load in loads) > limits.pictures:
         return False

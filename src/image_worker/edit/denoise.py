@@ -17,6 +17,7 @@ from image_worker.edit.conditions import Conditions
 from image_worker.edit.schedule import sigmas
 from image_worker.edit.sizes import tokens
 from image_worker.errors import BrokenPicture, OutOfMemory
+from image_worker.model.adapters import Adapter
 from image_worker.model.build import Model
 from image_worker.model.embeddings import Shape
 from image_worker.model.memory import with_room
@@ -31,7 +32,7 @@ class Picture:
 
     latents: (tokens, channels) in the model's type, replaced step by step; levels: its schedule,
     one more than it has steps; modulation: what the transformer made for that schedule, held so
-    that it stays; step: how many are done; velocity: of the last one.
+    that it stays; step: how many are done; velocity: of the last one; adapter: its LoRAs.
     """
 
     conditions: Conditions
@@ -42,6 +43,7 @@ class Picture:
     cfg_scale: float
     step: int = field(default=0)
     velocity: Tensor | None = None
+    adapter: Adapter | None = None
 
     @property
     def done(self) -> bool:
@@ -57,8 +59,9 @@ def start(
     seed: int,
     steps: int,
     cfg_scale: float,
+    adapter: Adapter | None = None,
 ) -> Picture:
-    """A picture of pure noise, of `size` (width, height) in pixels.
+    """A picture of pure noise, of `size` (width, height) in pixels. adapter: its LoRAs.
 
     The same seed gives the noise that diffusers draws on the CPU, so the picture is diffusers' too.
 
@@ -68,7 +71,7 @@ def start(
     shape = tokens(*size)
     _, rows, columns = shape
     levels = sigmas(model.sampler, steps, rows * columns)
-    modulation = model.transformer.prepare(levels[:-1])
+    modulation = model.transformer.prepare(levels[:-1], adapter)
     channels = model.transformer.config.in_channels // 4
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn(
@@ -76,7 +79,7 @@ def start(
     )
     patches = noise.view(channels, rows, 2, columns, 2).permute(1, 3, 0, 2, 4)
     latents = patches.reshape(rows * columns, 4 * channels).to(model.device)
-    return Picture(conditions, shape, latents, levels, modulation, cfg_scale)
+    return Picture(conditions, shape, latents, levels, modulation, cfg_scale, adapter=adapter)
 
 
 def denoise(model: Model, pictures: Sequence[Picture], progress: Progress | None = None) -> None:
@@ -114,20 +117,22 @@ def check(picture: Picture) -> None:
 def step(model: Model, pictures: Sequence[Picture], limits: Limits) -> list[int]:
     """One Euler step of each picture, of all or, where it raises, of none.
 
-    Returns how many rows each forward had; rows with and without the prompt share one. A forward
-    for which memory runs out is split, and `limits` learns from it.
+    Returns how many rows each forward had; rows with and without the prompt share one, those with
+    other LoRAs do not. A forward for which memory runs out is split, and `limits` learns from it.
 
     Raises:
         OutOfMemory: the card does not hold even one row of them.
     """
-    rows = [row for picture in pictures for row in _rows(picture)]
+    parts = [(row, picture.adapter) for picture in pictures for row in _rows(picture)]
+    rows, adapters = [row for row, _ in parts], [adapter for _, adapter in parts]
     lengths = [Length(len(row.image), len(row.text)) for row in rows]
     outputs: dict[int, Tensor] = {}
     forwards = []
-    waiting = shares(lengths, limits.tokens)
+    waiting = shares(lengths, limits.tokens, adapters)
     while waiting:
         share = waiting.pop(0)
-        found = _forward(model, [rows[number] for number in share], alone=len(share) == 1)
+        sharing = [rows[number] for number in share]
+        found = _forward(model, sharing, adapters[share[0]], alone=len(share) == 1)
         if found is None:
             torch.cuda.empty_cache()
             limits.learn(sum(lengths[number].total for number in share))
@@ -143,12 +148,14 @@ def step(model: Model, pictures: Sequence[Picture], limits: Limits) -> list[int]
     return forwards
 
 
-def _forward(model: Model, rows: list[Row], *, alone: bool) -> list[Tensor] | None:
+def _forward(
+    model: Model, rows: list[Row], adapter: Adapter | None, *, alone: bool
+) -> list[Tensor] | None:
     """The rows' velocities; None if memory ran out and there is more than one of them."""
     try:
         return with_room(
-            model.make_room if alone else lambda: False,
-            lambda: velocities(model.transformer, rows),
+            model.make_room if alone else model.adapters.clear,
+            lambda: velocities(model.transformer, rows, adapter),
         )
     except OutOfMemory:
         if alone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from image_worker.edit.batching import Length
@@ -12,16 +13,21 @@ from image_worker.model.build import Model
 from image_worker.model.memory import free_memory
 
 
-def check_fits(model: Model, prepared: Prepared, size: tuple[int, int]) -> None:
+def check_fits(
+    model: Model, prepared: Prepared, size: tuple[int, int], lora_bytes: int = 0
+) -> None:
     """Refuses a job for whose forward the card has no room, whatever weights leave it for that.
 
-    size: (width, height) in pixels.
+    size: (width, height) in pixels; lora_bytes: what its LoRAs take on the card.
 
     Raises:
         OutOfMemory: says what would fit.
     """
     rows = row_lengths(model, prepared, size, 1)
-    refusal = _refusal(model, size, len(prepared.references), rows, model.plan.most_tokens)
+    fitting = model.plan.most_tokens
+    if fitting is not None and model.plan.token_bytes:
+        fitting = max(0, fitting - math.ceil(lora_bytes / model.plan.token_bytes))
+    refusal = _refusal(model, size, len(prepared.references), rows, fitting)
     if refusal is not None:
         raise OutOfMemory(refusal)
 

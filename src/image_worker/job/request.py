@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -17,11 +18,13 @@ from pydantic import (
 
 from image_worker.catalog import ModelEntry
 from image_worker.errors import InvalidRequest
+from image_worker.job import loras
 
 GRID = 16  # output sides are multiples of this
 MAX_SEED = 2**63 - 1
 _MAX_PROMPT_CHARACTERS = 20_000  # bounds the work of counting tokens
 _QUALITY = 90
+MAX_LORAS, MAX_LORA_SCALE = 4, 4.0
 
 _SCHEMES = ("http://", "https://")
 _RANDOM_SEEDS = 2**53  # below this, a number survives a client's floating-point JSON
@@ -62,6 +65,23 @@ ImageOrText = Annotated[
 ]
 
 
+def _known_form(source: str) -> str:
+    loras.parse(source)
+    return source
+
+
+class LoraOption(_Strict):
+    """A LoRA for one job: a file of the hub, behind an https URL, or of the worker's own folder."""
+
+    source: Annotated[str, Field(min_length=1, max_length=2000), AfterValidator(_known_form)]
+    scale: float = Field(1.0, ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)
+
+    @property
+    def name(self) -> str:
+        """Of its file: for replies and logs, since a URL may hold a secret."""
+        return loras.parse(self.source).name
+
+
 class EditRequest(_Strict):
     """One job. Absent options take the model's defaults in `worker.py`."""
 
@@ -71,6 +91,7 @@ class EditRequest(_Strict):
     image_url: str | None = None
     image_base64: str | None = None
     images: list[ImageOrText] | None = Field(None, min_length=1, max_length=4)
+    loras: list[LoraOption] | None = Field(None, max_length=MAX_LORAS)
     true_cfg_scale: float | None = Field(None, ge=1, le=20)
     num_inference_steps: int | None = Field(None, ge=1, le=100)
     seed: int = Field(default_factory=lambda: secrets.randbelow(_RANDOM_SEEDS), ge=0, le=MAX_SEED)
@@ -128,6 +149,9 @@ class EditRequest(_Strict):
         ]
         if len(given) > 1:
             raise ValueError(f"give pictures in one field only, not in {' and '.join(given)}")
+        sources = [lora.source for lora in self.loras or ()]
+        if len(set(sources)) < len(sources):
+            raise ValueError("loras has a source twice; give it once, with one scale")
         if self.quality is not None and self.output_format == "png":
             raise ValueError("quality applies to output_format jpeg and webp; png has none")
         return self
@@ -186,7 +210,16 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 def summary(request: EditRequest) -> dict[str, Any]:
     """What is worth logging of a request: no picture, no prompt."""
-    return request.model_dump(
-        exclude={"prompt", "negative_prompt", "image", "image_url", "image_base64", "images"},
+    found = request.model_dump(
+        exclude={
+            *("prompt", "negative_prompt", "image", "image_url", "image_base64", "images"),
+            "loras",
+        },
         exclude_none=True,
     ) | {"pictures": len(request.sources)}
+    return found | ({"loras": named(request)} if request.loras else {})
+
+
+def named(request: EditRequest) -> list[dict[str, Any]]:
+    """The LoRAs of a request as replies and pictures tell of them."""
+    return [{"name": lora.name, "scale": lora.scale} for lora in request.loras or ()]

@@ -121,6 +121,8 @@ def _about(request: EditRequest, facts: Mapping[str, Any]) -> list[dict[str, str
     for name in ("model", "num_inference_steps", "true_cfg_scale"):
         if name in facts:
             shared[name] = str(facts[name])
+    if facts.get("loras"):
+        shared["loras"] = json.dumps(facts["loras"])
     return [{**shared, "seed": str(seed)} for seed in request.seeds]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from image_worker import checkpoints
 from image_worker.catalog import LIGHTNING_SAMPLER, ModelEntry, Sampler
 from image_worker.errors import DoesNotFit, InvalidSettings, OutOfMemory
 from image_worker.model import components, files, from_checkpoint, libraries, numbers, sources
+from image_worker.model.adapters import Adapter
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.cold_start import ColdStart
 from image_worker.model.components import Component
 from image_worker.model.configs import TransformerConfig
 from image_worker.model.hardware import Hardware
+from image_worker.model.kept import Kept
 from image_worker.model.memory import release
 from image_worker.model.opening import Plain, in_own_format, open_checkpoint
 from image_worker.model.packed import HOST, move
@@ -48,7 +50,7 @@ log = logging.getLogger(__name__)
 class Model:
     """Everything that an edit needs, loaded and placed; and what it encoded for earlier ones.
 
-    weights: what the transformer's are stored as.
+    weights: what the transformer's are stored as; adapters: LoRAs of earlier jobs, on the card.
     """
 
     entry: ModelEntry
@@ -66,6 +68,7 @@ class Model:
     cold_start: ColdStart
     encodings: Remembered
     gives_room: bool = True
+    adapters: Kept[Adapter] = field(default_factory=lambda: Kept(0))
 
     @property
     def steps(self) -> int:
@@ -73,10 +76,14 @@ class Model:
         return self.lightning_steps or self.entry.steps
 
     def make_room(self) -> bool:
-        """Half of the weights that stay on the card leave it, and pass through it from now on.
+        """Earlier jobs' LoRAs leave the card; then half of the weights that stay on it, which pass
+        through it from now on.
 
         Returns false where there is nothing left that could leave.
         """
+        if self.adapters.clear():
+            torch.cuda.empty_cache()
+            return True
         if not self.gives_room or self.plan.most_tokens == self.plan.max_tokens:
             return False
         lists = blocks_of(self.transformer, self.text_encoder)
@@ -146,7 +153,7 @@ def _build(
         is_complete=found.is_complete,
         checkpoint=checkpoint,
     )
-    _tell_numbers(recipe)
+    numbers.tell(dtype, compute, int8_attention=int8)
 
     def start(decided: Plan) -> Model:
         return _start(recipe, decided, cold_start, first_edit)
@@ -208,17 +215,6 @@ def _transformers_precision(
     return decided.precision if settings.quantize_components == "all" else "bf16"
 
 
-def _tell_numbers(recipe: Recipe) -> None:
-    """Logs what is computed in what."""
-    own = numbers.name_of(recipe.dtype)
-    log.info(
-        "numbers in %s, products in %s, attention in %s",
-        own,
-        own if recipe.compute == "bf16" else recipe.compute,
-        "int8" if recipe.int8_attention else own,
-    )
-
-
 def _start(
     recipe: Recipe,
     decided: Plan,
@@ -273,6 +269,7 @@ def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) ->
         vae=vae,
         cold_start=cold_start,
         encodings=Remembered(settings.remember_mb * 10**6),
+        adapters=Kept(settings.lora_cache_mb * 10**6),
     )
 
 

@@ -68,6 +68,10 @@ class Snapshot:
         """The repo's files at this revision."""
         return sorted(self._files)
 
+    def size(self, path: str) -> int:
+        """Bytes of one of them; 0 if it is none."""
+        return self._files[path].size if path in self._files else 0
+
     def fetch(self, paths: Iterable[str]) -> Path:
         """The snapshot's folder, with these files in it. What is there already is not read again.
 

@@ -75,6 +75,16 @@ def find_adapter(file: HubFile, settings: Settings) -> Path:
         if not path.is_file():
             raise ModelUnavailable(f"the adapter file {file.path} is missing")
         return path
+    return find_on_hub(file, settings)
+
+
+def find_on_hub(file: HubFile, settings: Settings, max_bytes: int | None = None) -> Path:
+    """The path of one file of the hub. max_bytes: more are not downloaded.
+
+    Raises:
+        ModelMismatch: it has more.
+        ModelUnavailable: as `find_adapter`.
+    """
 
     def in_cache(cache: Path) -> Path:
         path = hf_hub_download(
@@ -84,6 +94,8 @@ def find_adapter(file: HubFile, settings: Settings) -> Path:
 
     def download(settings: Settings) -> Path:
         snapshot = Snapshot(file.repo, file.revision, settings.model_dir, settings.download_timeout)
+        if max_bytes is not None and snapshot.size(file.path) > max_bytes:
+            raise ModelMismatch(f"{file.path} has more than {max_bytes / 1e6:g} MB")
         return snapshot.fetch([file.path]) / file.path
 
     name = f"{file.repo}/{file.path}@{file.revision}"

@@ -6,25 +6,18 @@ a 4-bit weight swallows nearly all of it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from image_worker.errors import ModelMismatch
+from image_worker.model.lora_format import Role, Scales, other_kind, parse
+from image_worker.model.tensor_file import TensorFile
 
-# Prefixes that trainers put before the transformer's own module names.
-_PREFIXES = ("transformer.", "model.diffusion_model.", "diffusion_model.")
-_KEY = re.compile(
-    r"(?P<module>.+)\."
-    r"(?:(?P<down>lora_down|lora_A)(?:\.default)?\.weight"
-    r"|(?P<up>lora_up|lora_B)(?:\.default)?\.weight"
-    r"|(?P<alpha>alpha))"
-)
+_SHOWN, _LONGEST = 3, 100  # names in an error, and characters of each
 
 
 @dataclass(frozen=True)
@@ -39,10 +32,14 @@ class LoraPair:
     up: Tensor
     scale: float
 
-    def add_to(self, weight: Tensor) -> Tensor:
-        """The changed weight, (out_features, in_features), in `weight`'s type."""
+    def add_to(self, weight: Tensor, scale: float = 1.0) -> Tensor:
+        """The changed weight, (out_features, in_features), in `weight`'s type.
+
+        scale: of the change, on top of its own.
+        """
         up, down = (part.to(weight.device, torch.float32) for part in (self.up, self.down))
-        return torch.addmm(weight.float(), up, down, alpha=self.scale).to(weight.dtype)
+        alpha = self.scale * scale
+        return torch.addmm(weight.float(), up, down, alpha=alpha).to(weight.dtype)
 
 
 class Lora:
@@ -55,26 +52,28 @@ class Lora:
 
     @classmethod
     def read(cls, path: Path, only: Callable[[str], bool] = lambda name: True) -> Lora:  # noqa: ARG005
-        """Reads `lora_down`/`lora_up`/`alpha` or `lora_A`/`lora_B` files, with or without prefix.
+        """Reads the files of all trainers that `lora_format.py` knows; no more than their bytes.
 
         only: which modules' changes to read.
 
         Raises:
-            ModelMismatch: no safetensors file, a tensor that is no part of a LoRA, or a half pair.
+            ModelMismatch: no safetensors file, a tensor that is no part of a LoRA, a half pair, or
+                values that are no numbers.
+            OSError: it cannot be read.
         """
+        file = _open(path)
+        _check_names(path.name, file.parts)
         try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names if only(_module(name))}
-                metadata = file.metadata() or {}
-        except Exception as error:  # safetensors raises its own, OS and value errors alike
-            raise ModelMismatch(f"{path.name} is not a readable safetensors file") from error
-        if "lora_adapter_metadata" in metadata:
-            raise ModelMismatch(
-                f"{path.name} keeps its scales in its metadata, as peft writes them; save it with "
-                "an alpha per module"
-            )
-        return cls(path.name, _pairs(path.name, tensors) if tensors or not names else {})
+            scales = Scales.read(file.metadata)
+        except ValueError as error:
+            raise ModelMismatch(f"{path.name}: {error}") from error
+        tensors = {name: file.read(name) for name in file.parts if only(_module(name))}
+        return cls(path.name, _pairs(path.name, tensors, scales))
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors, on the host."""
+        return sum(pair.down.nbytes + pair.up.nbytes for pair in self.pairs.values())
 
     def check_fits(self, model: nn.Module) -> None:
         """Every module that the file names must be a linear layer of `model`, of fitting shape.
@@ -88,16 +87,18 @@ class Lora:
         for name, pair in self.pairs.items():
             module = modules.get(name)
             if not isinstance(module, nn.Linear):
-                wrong.append(f"{name} is no linear layer of the model")
+                wrong.append(f"{shown([name])} is no linear layer of the model")
                 continue
             shape = (pair.up.shape[0], pair.down.shape[1])
             expected = (module.out_features, module.in_features)
             if shape != expected or pair.up.shape[1] != pair.down.shape[0]:
                 wrong.append(f"{name} is {shape} in the file and {expected} in the model")
+            elif len(pair.down) > max(expected):
+                wrong.append(f"{name} has rank {len(pair.down)}, more than its layer")
         if wrong:
             raise ModelMismatch(
                 f"{self.name} does not fit the model: {len(wrong)} of {len(self.pairs)} modules, "
-                f"the first: {wrong[0]}"
+                f"the first: {'; '.join(wrong[:_SHOWN])}"
             )
 
     def merge(self, module: str, weight: Tensor) -> Tensor:
@@ -125,57 +126,77 @@ class Lora:
             )
 
 
-def _pairs(name: str, tensors: dict[str, Tensor]) -> dict[str, LoraPair]:
-    parts: dict[str, dict[str, Tensor]] = {}
-    unknown = []
+def _open(path: Path) -> TensorFile:
+    try:
+        return TensorFile.open(path)
+    except (ModelMismatch, OSError) as error:
+        raise ModelMismatch(f"{path.name} is not a readable safetensors file") from error
+
+
+def _check_names(name: str, keys: Iterable[str]) -> None:
+    """Each must be understood, so that no part of a change is lost."""
+    found = list(keys)
+    unknown = [key for key in found if parse(key) is None]
+    if not unknown:
+        return
+    kinds = sorted({kind for key in unknown if (kind := other_kind(key))})
+    known = f" (this worker takes LoRAs, and this is {', '.join(kinds)})" if kinds else ""
+    raise ModelMismatch(
+        f"{name}: {len(unknown)} of {len(found)} tensors are no part of a LoRA{known}, "
+        f"the first: {shown(unknown)}"
+    )
+
+
+def _pairs(name: str, tensors: Mapping[str, Tensor], scales: Scales | None) -> dict[str, LoraPair]:
+    parts: dict[str, dict[Role, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(_without_prefix(key))
-        if match is None:
-            unknown.append(key)
-            continue
-        role = next(role for role in ("down", "up", "alpha") if match[role])
-        part = parts.setdefault(match["module"], {})
+        parsed = parse(key)
+        assert parsed is not None
+        module, role = parsed
+        part = parts.setdefault(module, {})
         if role in part:
-            raise ModelMismatch(f"{name}: {match['module']} is named twice")
+            raise ModelMismatch(f"{name}: {shown([module])} is named twice")
         part[role] = tensor
-    if unknown:
-        raise ModelMismatch(
-            f"{name}: {len(unknown)} of {len(tensors)} tensors are no part of a LoRA, "
-            f"the first: {unknown[0]}"
-        )
-    _check_pairs(name, parts.items())
+    for module, part in parts.items():
+        reason = _wrong_with(part)
+        if reason:
+            raise ModelMismatch(f"{name}: {shown([module])} {reason}")
+    if scales and any("alpha" in part for part in parts.values()):
+        raise ModelMismatch(f"{name} has an alpha per module and scales in its metadata")
     return {
-        module: LoraPair(part["down"], part["up"], _scale(part)) for module, part in parts.items()
+        module: LoraPair(part["down"], part["up"], _scale(module, part, scales))
+        for module, part in parts.items()
     }
 
 
-def _check_pairs(name: str, parts: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
-    found = False
-    for module, part in parts:
-        found = True
-        if not {"down", "up"} <= part.keys():
-            raise ModelMismatch(f"{name}: {module} has only {', '.join(sorted(part))}")
-        if part["down"].ndim != 2 or part["up"].ndim != 2:
-            raise ModelMismatch(f"{name}: {module} is not a pair of matrices")
-        if 0 in part["down"].shape or ("alpha" in part and part["alpha"].numel() != 1):
-            raise ModelMismatch(f"{name}: {module} has no rank, or more than one alpha")
-    if not found:
-        raise ModelMismatch(f"{name} holds no LoRA")
+def _wrong_with(part: Mapping[Role, Tensor]) -> str | None:
+    if not {"down", "up"} <= part.keys():
+        return f"has only {', '.join(sorted(part))}"
+    if part["down"].ndim != 2 or part["up"].ndim != 2:
+        return "is not a pair of matrices"
+    if 0 in part["down"].shape or ("alpha" in part and part["alpha"].numel() != 1):
+        return "has no rank, or more than one alpha"
+    if not all(tensor.is_floating_point() for tensor in part.values()):
+        return "is not of floating-point numbers"
+    if not all(torch.isfinite(tensor.float()).all() for tensor in part.values()):
+        return "has values that are no numbers"
+    return None
 
 
-def _scale(part: dict[str, Tensor]) -> float:
+def _scale(module: str, part: Mapping[Role, Tensor], scales: Scales | None) -> float:
     rank = part["down"].shape[0]
+    if scales is not None:
+        return scales.of(module, rank)
     return part["alpha"].item() / rank if "alpha" in part else 1.0
 
 
 def _module(key: str) -> str:
     """Whose change the tensor of that name is; the name itself, where it is no LoRA's."""
-    match = _KEY.fullmatch(_without_prefix(key))
-    return match["module"] if match else key
+    parsed = parse(key)
+    return parsed[0] if parsed else key
 
 
-def _without_prefix(key: str) -> str:
-    for prefix in _PREFIXES:
-        if key.startswith(prefix):
-            return key[len(prefix) :]
-    return key
+def shown(names: Sequence[str]) -> str:
+    """The first few, each cut short: who wrote the file chose them."""
+    more = ", …" if len(names) > _SHOWN else ""
+    return ", ".join(name[:_LONGEST] for name in names[:_SHOWN]) + more

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from weakref import WeakValueDictionary
@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from image_worker.model.adapters import Timestep
 from image_worker.model.embeddings import embed_timestep
 
 KEPT = 64  # tables that nobody uses; 4.2 MiB each in the full model
 _READERS = 4  # threads that read layers, each one ahead
+_Key = tuple[float, Hashable]  # a timestep, and of which LoRAs; None: of none
 Read = Callable[[str], tuple[Tensor, Tensor]]  # a layer's weight and bias, by its name
 
 
 class Modulation:
-    """Tables by timestep: those that somebody holds, and the ones used last.
+    """Tables by timestep and LoRAs: those that somebody holds, and the ones used last.
 
     layers: linear ones, by their names; dtype: what is computed in; read: gives a layer's weight
     (out, in) and bias (out), by its name.
@@ -53,45 +55,57 @@ class Modulation:
         for block in blocks:
             del block.txt_mod, block.img_mod
         del model.norm_out
-        self._tables: WeakValueDictionary[float, Tensor] = WeakValueDictionary()
-        self._recent: OrderedDict[float, Tensor] = OrderedDict()
+        self._tables: WeakValueDictionary[_Key, Tensor] = WeakValueDictionary()
+        self._recent: OrderedDict[_Key, Tensor] = OrderedDict()
         self._blocks = len(blocks)
 
     def tables(self) -> dict[float, Tensor]:
-        """Those that were used last, by timestep: (blocks · 12 + 2) · width numbers each."""
-        return dict(self._recent)
+        """Those without LoRAs that were used last, by timestep.
+
+        (blocks · 12 + 2) · width numbers each.
+        """
+        return {level: table for (level, lora), table in self._recent.items() if lora is None}
 
     def put(self, tables: Mapping[float, Tensor]) -> None:
         """Takes tables that were made before, on the device."""
         for level, table in tables.items():
-            self._tables[level] = self._recent[level] = table
+            self._tables[level, None] = self._recent[level, None] = table
 
-    def prepare(self, timesteps: Sequence[float]) -> list[Tensor]:
-        """The tables of those timesteps, in [0, 1]. While they are held, no step waits for them."""
+    def prepare(self, timesteps: Sequence[float], changed: Timestep | None = None) -> list[Tensor]:
+        """The tables of those timesteps, in [0, 1]. While they are held, no step waits for them.
+
+        changed: what LoRAs change of the layers.
+        """
+        key = changed.key if changed else None
         found: dict[float, Tensor] = {}
         for level in timesteps:
-            table = self._tables.get(level)
+            table = self._tables.get((level, key))
             if table is not None:
                 found[level] = table
-        found |= self._make([level for level in dict.fromkeys(timesteps) if level not in found])
+        missing = [level for level in dict.fromkeys(timesteps) if level not in found]
+        found |= self._make(missing, changed)
         for level, table in found.items():
-            self._tables[level] = self._recent[level] = table
-            self._recent.move_to_end(level)
+            self._tables[level, key] = self._recent[level, key] = table
+            self._recent.move_to_end((level, key))
         while len(self._recent) > KEPT:
             self._recent.popitem(last=False)
         return list(found.values())
 
     @torch.inference_mode()
-    def _make(self, levels: Sequence[float]) -> dict[float, Tensor]:
+    def _make(self, levels: Sequence[float], changed: Timestep | None) -> dict[float, Tensor]:
         """In one pass over the layers."""
         if not levels:
             return {}
         # The transformer may be off the card just now, and these few layers with it.
         embedder = copy.deepcopy(self._embedder).to(self._device)
+        if changed:
+            changed.merge_embedder(embedder)
         embedded = [self._embedding(embedder, level) for level in levels]
         parts: list[list[Tensor]] = [[] for _ in levels]
-        for layer in self._each_layer():
+        for name, layer in zip(self.layers, self._each_layer(), strict=True):
             weight, bias = (tensor.to(self._device, self.dtype) for tensor in layer)
+            if changed:
+                weight = changed.merge(name, weight)
             for found, vector in zip(parts, embedded, strict=True):
                 found.append(functional.linear(vector, weight, bias)[0])
         return {level: torch.cat(found) for level, found in zip(levels, parts, strict=True)}
@@ -107,24 +121,26 @@ class Modulation:
             while ahead:
                 yield ahead.popleft().result()
 
-    def of_blocks(self, streams: Iterable[tuple[float, int]]) -> Tensor:
+    def of_blocks(
+        self, streams: Iterable[tuple[float, int]], changed: Timestep | None = None
+    ) -> Tensor:
         """(M, blocks, 6, width): shift, scale and gate before attention, and the same after it.
 
         streams: M timesteps, each with 0 for prompts or 1 for pictures.
         """
         found = []
         for level, stream in streams:
-            tables = self._table(level)[: -2 * self._width]
+            tables = self._table(level, changed)[: -2 * self._width]
             found.append(tables.view(self._blocks, 2, 6, self._width)[:, stream])
         return torch.stack(found)
 
-    def of_output(self, timesteps: Iterable[float]) -> Tensor:
+    def of_output(self, timesteps: Iterable[float], changed: Timestep | None = None) -> Tensor:
         """(M, 2, width): scale and shift before the last layer."""
-        found = [self._table(level)[-2 * self._width :] for level in timesteps]
+        found = [self._table(level, changed)[-2 * self._width :] for level in timesteps]
         return torch.stack(found).view(-1, 2, self._width)
 
-    def _table(self, level: float) -> Tensor:
-        return self.prepare([level])[0]
+    def _table(self, level: float, changed: Timestep | None) -> Tensor:
+        return self.prepare([level], changed)[0]
 
     def _embedding(self, embedder: Any, level: float) -> Tensor:
         """(1, width), of a timestep that is rounded as 0..1000, as in the stock pipeline."""

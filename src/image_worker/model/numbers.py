@@ -68,3 +68,14 @@ def attends_in_int8(settings: Settings, hardware: Hardware, dtype: torch.dtype) 
 def name_of(dtype: torch.dtype) -> str:
     """As torch spells it, without its own name."""
     return str(dtype).removeprefix("torch.")
+
+
+def tell(dtype: torch.dtype, compute: Compute, *, int8_attention: bool) -> None:
+    """Logs what is computed in what."""
+    own = name_of(dtype)
+    log.info(
+        "numbers in %s, products in %s, attention in %s",
+        own,
+        own if compute == "bf16" else compute,
+        "int8" if int8_attention else own,
+    )

@@ -78,6 +78,11 @@ def keep_trying(
     raise Stopped(name)
 
 
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether the hub has not what it was asked for, or not for this worker."""
+    return isinstance(error, HfHubHTTPError) and not _diagnose(error)[1]
+
+
 def _backoff(failures: int) -> float:
     """Seconds; random, so that workers that failed together do not return together."""
     longest = min(FIRST_WAIT * 2 ** min(failures, 16), LONGEST_WAIT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable
@@ -40,7 +41,10 @@ _TYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
-_MALFORMED = (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_MALFORMED = (
+    *(struct.error, ValueError, LookupError, TypeError, AttributeError),
+    *(RecursionError, OverflowError),
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class TensorFile:
                 if length > min(path.stat().st_size, _LONGEST_HEADER):
                     raise ValueError("a header longer than its file, or than any published one")
                 header = json.loads(stream.read(length), object_pairs_hook=_without_twins)
-                metadata = header.pop("__metadata__", {})
+                metadata = dict(header.pop("__metadata__", {}).items())
                 parts = {name: _part(name, entry) for name, entry in header.items()}
                 end = 8 + length + _end(parts.values())
                 if not parts:
@@ -141,7 +145,8 @@ def _part(name: str, entry: dict[str, Any]) -> Part:
     if any(type(size) is not int or size < 0 for size in (start, *entry["shape"])):
         raise ValueError(f"{name} has sizes that are none")
     part = Part(name, _TYPES[entry["dtype"]], torch.Size(entry["shape"]), start)
-    if part.size != end - start:
+    size = math.prod(entry["shape"]) * part.dtype.itemsize  # torch's own product may overflow
+    if not part.size == size == end - start:
         raise ValueError(f"{name} has {end - start} bytes, not {part.size}")
     return part
 

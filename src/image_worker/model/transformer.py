@@ -20,6 +20,7 @@ from torch.nn.attention import sdpa_kernel
 from image_worker.compute import Compute
 from image_worker.kernels import operations, reference
 from image_worker.kernels.reference import Activation
+from image_worker.model.adapters import NO_CHANGES, Adapter, Changes
 from image_worker.model.attention import BACKENDS, Attention, Exact, Order
 from image_worker.model.embeddings import Shape, rope
 from image_worker.model.formats.coded import CodedLinear
@@ -75,16 +76,18 @@ class Layout:
 
 
 @torch.inference_mode()
-def velocities(transformer: Transformer, rows: Sequence[Row]) -> list[Tensor]:
+def velocities(
+    transformer: Transformer, rows: Sequence[Row], adapter: Adapter | None = None
+) -> list[Tensor]:
     """One forward for all rows: each row's velocity, (target tokens, channels), in the rows' type.
 
-    rows: at least one, on the transformer's device, in its type.
+    rows: at least one, on the transformer's device, in its type; adapter: the LoRAs of all rows.
     """
     layout = transformer.layout(tuple(row.outline for row in rows))
     text = torch.cat([row.text for row in rows])
     image = torch.cat([row.image for row in rows])
     with sdpa_kernel(BACKENDS, set_priority=True):
-        output = transformer(text, image, [row.timestep for row in rows], layout)
+        output = transformer(text, image, [row.timestep for row in rows], layout, adapter)
     return list(output.split(layout.order.target_counts))
 
 
@@ -125,43 +128,57 @@ class Transformer(nn.Module):
             self.blocks.append(Block(block, self._ops, attention, scratch, round_to))
             source.transformer_blocks[number] = nn.Identity()  # its weights are copied: let it go
 
-    def prepare(self, timesteps: Sequence[float]) -> list[Tensor]:
+    def prepare(self, timesteps: Sequence[float], adapter: Adapter | None = None) -> list[Tensor]:
         """The modulation of a schedule, to be held until it is over: made now, if it is new."""
-        return self.modulation.prepare([*timesteps, 0.0] if self.zero_cond_t else timesteps)
+        timesteps = [*timesteps, 0.0] if self.zero_cond_t else timesteps
+        return self.modulation.prepare(timesteps, adapter.timestep if adapter else None)
 
     def forward(
-        self, text: Tensor, image: Tensor, timesteps: Sequence[float], layout: Layout
+        self,
+        text: Tensor,
+        image: Tensor,
+        timesteps: Sequence[float],
+        layout: Layout,
+        adapter: Adapter | None = None,
     ) -> Tensor:
         """Velocities of all targets, (tokens, channels).
 
         text (T, width), image (S, channels): of all rows; timesteps: one for each row.
         """
         ops, owner = self._ops, layout.owner
-        mods = self.modulation.of_blocks(self._streams(timesteps)).unbind(1)
+        timestep = adapter.timestep if adapter else None
+        mods = self.modulation.of_blocks(self._streams(timesteps), timestep).unbind(1)
         text = reference.rms_norm(text, self.txt_norm.weight)
-        x = torch.cat([self.txt_in(text), self.img_in(image)])
+        x = torch.cat(
+            [self._outside("txt_in", text, adapter), self._outside("img_in", image, adapter)]
+        )
         y, gate = None, None  # what is still to be added to x
         text_tokens = layout.text_tokens
         last = len(self.blocks) - 1
         block: Any
         for number, (block, mod) in enumerate(zip(self.blocks.in_turn(), mods, strict=True)):
             shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(1)
+            changes = adapter.blocks[number] if adapter else NO_CHANGES
             x, y = ops.add_and_modulate(
                 x, y, gate, shift1, scale1, owner, round_to=block.qkv.round_to
             )
-            y = block.attend(y, layout, only_targets=number == last)
+            y = block.attend(y, layout, changes, only_targets=number == last)
             if number == last:  # nobody reads what becomes of the other tokens
                 targets = layout.order.targets
                 x, owner, text_tokens = x[targets], owner[targets], 0
             x, y = ops.add_and_modulate(
                 x, y, gate1, shift2, scale2, owner, round_to=block.up.round_to
             )
-            y, gate = block.mlp(y, text_tokens), gate2
+            y, gate = block.mlp(y, text_tokens, changes), gate2
         x = ops.add(x, y, gate, owner)
-        scale, shift = self.modulation.of_output(timesteps).unbind(1)
-        return self.proj_out(  # type: ignore[no-any-return]
-            ops.modulate(x, shift, scale, layout.target_rows, round_to=None)
-        )
+        scale, shift = self.modulation.of_output(timesteps, timestep).unbind(1)
+        x = ops.modulate(x, shift, scale, layout.target_rows, round_to=None)
+        return self._outside("proj_out", x, adapter)
+
+    def _outside(self, name: str, x: Tensor, adapter: Adapter | None) -> Tensor:
+        """(N, out) from x (N, in), by a layer that is in no block."""
+        found: Tensor = getattr(self, name)(x)
+        return adapter.add_to(name, found, x) if adapter else found
 
     def _streams(self, timesteps: Sequence[float]) -> list[tuple[float, int]]:
         """Whose modulation `Layout.owner` counts."""
@@ -239,9 +256,11 @@ class Block(nn.Module):
         weights = [norm.weight.detach() for norm in norms]
         self.norms = nn.Buffer(joined(weights).view(2, 2, -1))
 
-    def attend(self, y: Activation, layout: Layout, *, only_targets: bool) -> Tensor:
+    def attend(
+        self, y: Activation, layout: Layout, changes: Changes, *, only_targets: bool
+    ) -> Tensor:
         """Joint attention, each row for itself: (N, width), stream order; or of targets only."""
-        qkv = self.qkv(y, layout.text_tokens)
+        qkv = changes.qkv.add_to(self.qkv(y, layout.text_tokens), y, layout.text_tokens)
         mixed = self._attention(
             qkv,
             self.norms,
@@ -250,14 +269,14 @@ class Block(nn.Module):
             round_to=self.out.round_to,
             only_targets=only_targets,
         )
-        found: Tensor = self.out(mixed, 0 if only_targets else layout.text_tokens)
-        return found
+        text_tokens = 0 if only_targets else layout.text_tokens
+        return changes.out.add_to(self.out(mixed, text_tokens), mixed, text_tokens)
 
-    def mlp(self, y: Activation, text_tokens: int) -> Tensor:
+    def mlp(self, y: Activation, text_tokens: int, changes: Changes) -> Tensor:
         """(N, width) in and out."""
-        y = self._ops.gelu(self.up(y, text_tokens), round_to=self.down.round_to)
-        found: Tensor = self.down(y, text_tokens)
-        return found
+        wide = changes.up.add_to(self.up(y, text_tokens), y, text_tokens)
+        y = self._ops.gelu(wide, round_to=self.down.round_to)
+        return changes.down.add_to(self.down(y, text_tokens), y, text_tokens)
 
 
 def _is_stored_in(dtype: torch.dtype | None, layer: Any) -> bool:

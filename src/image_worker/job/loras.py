@@ -1,0 +1,166 @@
+"""LoRAs that callers name: which forms a name has, and fetching what is behind a URL.
+
+What comes from there is untrusted: it is fetched from public addresses only, over https, with a
+limit to its bytes and a deadline. What is in it is checked when it is read (`model/lora.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urljoin, urlsplit
+
+from requests import Response
+
+from image_worker.errors import InvalidLora, LoraUnavailable, WorkerError
+from image_worker.job.network import request, within
+
+FETCH_SECONDS = 120.0
+_SUFFIX = ".safetensors"
+_SECURE = ("https://",)
+_IDLE_SECONDS = 10  # longest silence of a server
+_MAX_REDIRECTS = 5
+_READ = 2**20
+_LONGEST_NAME = 200  # characters
+
+# No part of a path begins with a dot, so none leads out of its folder.
+_PART = r"\w[\w .+()-]*"
+_FILE = rf"{_PART}(?<=\.safetensors)"
+_REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+_ON_HUB = re.compile(
+    rf"(?P<repo>{_REPO}):(?P<path>(?:{_PART}/)*{_FILE})(?:@(?P<revision>\w[\w.+-]*(?:/\w[\w.+-]*)*))?"
+)
+_IN_FOLDER = re.compile(_FILE)
+
+
+@dataclass(frozen=True)
+class OnHub:
+    """A file of a repo on the hub; revision None: the newest that this machine knows."""
+
+    repo: str
+    path: str
+    revision: str | None
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class AtUrl:
+    """A file behind an https URL."""
+
+    url: str
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        return unquote(PurePosixPath(urlsplit(self.url).path).name)[-_LONGEST_NAME:]
+
+
+@dataclass(frozen=True)
+class InFolder:
+    """A file of the worker's own folder."""
+
+    name: str
+
+
+Source = OnHub | AtUrl | InFolder
+
+
+def parse(text: str) -> Source:
+    """What a job names.
+
+    Raises:
+        ValueError: none of the forms that there are; says which there are.
+    """
+    if text.lower().startswith(_SECURE):
+        if not urlsplit(text).path.lower().endswith(_SUFFIX):
+            raise ValueError(f"the path of a LoRA's URL must end in {_SUFFIX}")
+        return AtUrl(text)
+    on_hub = _ON_HUB.fullmatch(text)
+    if on_hub:
+        return OnHub(on_hub["repo"], on_hub["path"], on_hub["revision"])
+    if _IN_FOLDER.fullmatch(text):
+        return InFolder(text)
+    raise ValueError(
+        "a LoRA is owner/name:file.safetensors or owner/name:file.safetensors@revision on the hub, "
+        "an https URL of a .safetensors file, or the name of one in the worker's folder"
+    )
+
+
+def fetch(url: str, place: Path, max_bytes: int, seconds: float = FETCH_SECONDS) -> None:
+    """Writes what is behind `url` to `place`, whole or not at all.
+
+    Raises:
+        LoraUnavailable: not answering, busy, too slow, or no room for it here.
+        InvalidLora: refused, not found or too large.
+    """
+    late = LoraUnavailable(f"the LoRA did not arrive within {seconds:g} seconds")
+    deadline = time.monotonic() + seconds
+    within(seconds, lambda: _download(url, place, max_bytes, deadline), late)
+
+
+def _download(url: str, place: Path, max_bytes: int, deadline: float) -> None:
+    from runpod.serverless.utils.rp_ssrf import SSRFError
+
+    try:
+        for _ in range(_MAX_REDIRECTS + 1):
+            if not url.lower().startswith(_SECURE):
+                raise InvalidLora("the LoRA's URL leads to one that is not https")
+            with request("GET", url, timeout=_IDLE_SECONDS) as response:
+                if not response.is_redirect:
+                    _check(response, max_bytes)
+                    return _write(response, place, max_bytes, deadline)
+                url = urljoin(url, response.headers["Location"])
+        raise InvalidLora("the LoRA's URL leads to too many others")
+    except WorkerError:
+        raise
+    except SSRFError as error:
+        if isinstance(error.__cause__, OSError):
+            raise LoraUnavailable("the host name of the URL could not be resolved") from error
+        raise InvalidLora("the URL is not allowed: it must lead to a public address") from error
+    except ValueError as error:  # requests' and urllib's errors about the URL itself
+        raise InvalidLora("the LoRA's URL is not valid") from error
+    except Exception as error:
+        raise LoraUnavailable("the LoRA could not be fetched from its URL") from error
+
+
+def _check(response: Response, max_bytes: int) -> None:
+    status, length = response.status_code, response.headers.get("Content-Length", "")
+    if status in (408, 425, 429) or status >= 500:
+        raise LoraUnavailable(f"the LoRA's server answered {status}")
+    if status != 200:
+        raise InvalidLora(f"the LoRA's server answered {status}")
+    if length.isdigit() and int(length[:20]) > max_bytes:
+        raise too_large(max_bytes)
+
+
+def _write(response: Response, place: Path, max_bytes: int, deadline: float) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=place.parent, suffix=".incomplete")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            # read1 returns after one read of the socket, so a slow drip meets the deadline.
+            while chunk := response.raw.read1(_READ, decode_content=True):
+                stream.write(chunk)
+                if stream.tell() > max_bytes:
+                    raise too_large(max_bytes)
+                if time.monotonic() > deadline:
+                    raise LoraUnavailable("the LoRA's server is too slow")
+        Path(part).replace(place)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(part).unlink()
+        raise
+
+
+def too_large(max_bytes: int) -> InvalidLora:
+    """The error of a file over the limit."""
+    return InvalidLora(f"the LoRA is over {max_bytes // 10**6} MB, the limit of this worker")

@@ -1,0 +1,216 @@
+"""LoRAs beside the weights: what merged ones give, whatever format the weights have."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from image_worker.bench.forward import relative
+from image_worker.compute import Compute
+from image_worker.errors import ModelMismatch
+from image_worker.kernels.reference import quantise
+from image_worker.model import adapters, lora_format
+from image_worker.model.adapters import Adapter, LowRank, Scaled
+from image_worker.model.components import TRANSFORMER
+from image_worker.model.lora import Lora, LoraPair
+from image_worker.model.transformer import ROUND_TO, Row, Transformer, velocities
+from image_worker.settings import Precision
+from tests import upstream
+from tests.conftest import MINI_FOLDER, mini_model, read_mini
+from tests.model.test_quantised import stored
+
+CPU = torch.device("cpu")
+BLOCKS = 2
+EXACT = 1e-4  # float32, in another order
+STYLE = MINI_FOLDER / "loras" / "miniature-outlined-style-bf16.safetensors"
+PATHS: list[tuple[Precision, Compute]] = [
+    *(("bf16", "bf16"), ("fp8", "bf16"), ("8bit", "bf16"), ("4bit", "bf16")),
+    *(("fp8", "fp8"), ("4bit", "fp8"), ("8bit", "int8"), ("4bit", "int8")),
+]
+IN_BLOCKS = [name for name in lora_format.IN_BLOCK if "_mod." not in name]
+OF_TEXT = [name for name in IN_BLOCKS if "add" in name or "txt" in name]
+
+
+def row(side: int, references: int, text: int, seed: int) -> Row:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((1, side, side), *((1, 8, 8),) * references)
+    tokens = sum(height * width for _, height, width in shapes)
+    image = torch.randn(tokens, 64, generator=generator)
+    return Row(image, shapes, torch.randn(text, 128, generator=generator), 0.75)
+
+
+ROWS = [row(8, 1, 21, 1), row(6, 2, 5, 2)]
+
+
+@functools.cache
+def source(precision: Precision) -> Any:
+    found = read_mini(TRANSFORMER, torch.float32, precision)
+    del found.transformer_blocks[BLOCKS:]
+    return found
+
+
+def served(source: Any, compute: Compute = "bf16") -> Transformer:
+    copied = copy.deepcopy(source)
+    return Transformer(copied, CPU, torch.float32, round_to=ROUND_TO[compute]).eval()
+
+
+def made_up(names: Iterable[str], seed: int = 0, rank: int = 4) -> Lora:
+    """A LoRA that changes these layers, those of blocks in every block."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = dict(source("bf16").named_modules())
+    pairs = {}
+    for name in names:
+        prefixes = [f"transformer_blocks.{n}." for n in range(BLOCKS)]
+        for path in [name] if name in layers else [prefix + name for prefix in prefixes]:
+            layer = layers[path]
+            down = torch.randn(rank, layer.in_features, generator=generator)
+            up = torch.randn(layer.out_features, rank, generator=generator)
+            pairs[path] = LoraPair(down * layer.in_features**-0.5, up * 0.1, 0.5)
+    return Lora("made-up", pairs)
+
+
+def adapter(*loras: Scaled) -> Adapter:
+    return Adapter.of("key", loras, BLOCKS, CPU, torch.float32)
+
+
+def merged(source: Any, *loras: Scaled) -> Any:
+    """The same weights, widened to float32, with the LoRAs added."""
+    found = copy.deepcopy(source)
+    for name, layer in list(found.named_modules()):
+        if not hasattr(layer, "in_features"):
+            continue
+        weight = stored(layer)
+        for lora, scale in loras:
+            if name in lora.pairs:
+                pair = lora.pairs[name]
+                weight = weight + scale * pair.scale * pair.up.float() @ pair.down.float()
+        wide = nn.Linear(layer.in_features, layer.out_features)
+        wide.weight, wide.bias = nn.Parameter(weight), layer.bias
+        found.set_submodule(name, wide)
+    return found
+
+
+def distances(found: list[Tensor], expected: list[Tensor]) -> float:
+    return max(relative(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("precision", "compute"), PATHS)
+def test_live_is_merged_whatever_the_weights_are_in(precision: Precision, compute: Compute) -> None:
+    lora = made_up(IN_BLOCKS)
+    live = served(source(precision), compute)
+    plain = velocities(live, ROWS)
+    found = velocities(live, ROWS, adapter((lora, 6.0)))
+    expected = velocities(served(merged(source(precision), (lora, 6.0))), ROWS)
+    without = velocities(served(merged(source(precision))), ROWS)
+    rounding = distances(plain, without)  # of the products, without any LoRA
+    assert distances(found, expected) < 2 * rounding + EXACT
+    assert distances(without, expected) > 4 * distances(found, expected), "it does something"
+    again = velocities(live, ROWS)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["attn.to_k"],
+        ["attn.to_q", "attn.to_v", "attn.add_v_proj"],
+        OF_TEXT,
+        sorted(set(IN_BLOCKS) - set(OF_TEXT)),
+        ["img_in", "txt_in", "proj_out"],
+        ["img_mod.1", "txt_mod.1"],
+        list(lora_format.OUTSIDE),
+        [*lora_format.IN_BLOCK, *lora_format.OUTSIDE],
+    ],
+    ids=["k", "qvv", "text", "image", "ends", "mod", "outside", "all"],
+)
+def test_any_layer_may_be_changed(names: list[str]) -> None:
+    lora = made_up(names)
+    found = velocities(served(source("bf16")), ROWS, adapter((lora, 1.0)))
+    expected = velocities(served(merged(source("bf16"), (lora, 1.0))), ROWS)
+    assert distances(found, expected) < EXACT
+    assert distances(velocities(served(source("bf16")), ROWS), expected) > 20 * EXACT
+
+
+def test_several_loras_add_up_each_with_its_scale() -> None:
+    every = [*lora_format.IN_BLOCK, *lora_format.OUTSIDE]
+    loras = [(made_up(every, 1), 0.5), (made_up(IN_BLOCKS, 2, rank=3), -1.5), (made_up(OF_TEXT), 2)]
+    found = velocities(served(source("bf16")), ROWS, adapter(*loras))
+    expected = velocities(served(merged(source("bf16"), *loras)), ROWS)
+    assert distances(found, expected) < EXACT
+
+
+@torch.inference_mode()
+def test_diffusers_live_loras_give_the_same() -> None:
+    from diffusers.loaders.lora_conversion_utils import (
+        _convert_non_diffusers_qwen_lora_to_diffusers as convert,
+    )
+    from safetensors.torch import load_file
+
+    base = read_mini(TRANSFORMER, torch.float32)
+    theirs = upstream.transformer(copy.deepcopy(base))
+    theirs.load_lora_adapter(convert(load_file(STYLE)), adapter_name="style")
+    theirs.set_adapters(["style"], [0.7])
+    ours = Adapter.of("key", [(Lora.read(STYLE), 0.7)], 7, CPU, torch.float32)
+    live = Transformer(base, CPU, torch.float32, round_to=None).eval()
+    for given, found in zip(ROWS, velocities(live, ROWS, ours), strict=True):
+        output = theirs(
+            hidden_states=given.image[None],
+            encoder_hidden_states=given.text[None],
+            timestep=torch.tensor([given.timestep]),
+            img_shapes=[list(given.shapes)],
+            return_dict=False,
+        )[0]
+        expected = output[0, : given.shapes[0][1] * given.shapes[0][2]]
+        assert relative(found, expected) < EXACT
+
+
+def test_rounded_activations_are_read_as_what_they_stand_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(adapters, "_PIECE", 3)
+    x = torch.randn(10, 16)
+    low = LowRank(torch.randn(2, 16), ((slice(4, 8), slice(0, 2), torch.randn(4, 2)),))
+    for round_to in (torch.float8_e4m3fn, torch.int8):
+        rounded = quantise(x, round_to)
+        found, expected = torch.zeros(10, 8), torch.zeros(10, 8)
+        low.add_to(found, rounded)
+        low.add_to(expected, rounded.values.float() * rounded.scales)
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert not found[:, :4].any()
+
+
+def test_tables_are_made_again_only_for_loras_that_change_them() -> None:
+    live = served(source("bf16"))
+    (plain,) = live.prepare([0.5])
+    (same,) = live.prepare([0.5], adapter((made_up(IN_BLOCKS), 1.0)))
+    assert same is plain
+    changing = adapter((made_up(["img_mod.1"]), 1.0))
+    (changed,) = live.prepare([0.5], changing)
+    assert not torch.equal(changed, plain)
+    assert live.prepare([0.5], changing)[0] is changed
+    assert live.prepare([0.5])[0] is plain
+    assert list(live.modulation.tables()) == [0.5], "what is written to disk is the model's own"
+
+
+def test_what_it_takes_is_known_before_it_is_made() -> None:
+    loras = [(made_up([*lora_format.IN_BLOCK, *lora_format.OUTSIDE]), 1.0), (made_up(OF_TEXT), 2.0)]
+    assert adapter(*loras).nbytes == adapters.card_bytes(loras, torch.float32) > 0
+
+
+def test_values_that_the_type_cannot_hold_are_refused() -> None:
+    lora = made_up(["attn.to_q"])
+    with pytest.raises(ModelMismatch, match="too large"):
+        Adapter.of("key", [(lora, 1e6)], BLOCKS, CPU, torch.float16)
+
+
+def test_a_lora_of_another_model_is_refused() -> None:
+    adapters.check(Lora.read(STYLE), mini_model().transformer.config)
+    pairs = {"transformer_blocks.7.attn.to_q": LoraPair(torch.ones(1, 128), torch.ones(128, 1), 1)}
+    with pytest.raises(ModelMismatch, match=r"transformer_blocks\.7\.attn\.to_q is no"):
+        adapters.check(Lora("other", pairs), mini_model().transformer.config)
