@@ -102,9 +102,7 @@ class Settings(BaseSettings):
     lightning_steps: Annotated[Literal[4, 8], BeforeValidator(_number_in_text)] = Field(
         8, description="which Lightning LoRA: the one for 4 or the one for 8 steps"
     )
-    lora_dir: Path | None = Field(
-        None, description="folder with LoRAs that jobs may name; unset, they may name none there"
-    )
+    lora_dir: Path | None = Field(None, description="folder with LoRAs that jobs may name")
     max_lora_mb: int = Field(
         2048, ge=1, le=100_000, description="largest file of a LoRA that a job names, in MB"
     )

@@ -36,7 +36,7 @@ def test_ways_are_precisions_files_or_settings() -> None:
     assert dict(way.variables) == {"PRECISION_MODE": "8bit"}
     assert (file.name, dict(file.variables)) == ("q4", {"CHECKPOINT": "owner/repo:a.gguf@main"})
     assert dict(own.variables) == {"CHECKPOINT": "/x,y=1", "COMPUTE": "fp8"}
-    assert [way.name for way in parse([])] == ["bf16", "fp8", "8bit", "4bit"]
+    assert [way.name for way in parse([])] == ["bf16", "fp8", "8bit", "svdq", "4bit"]
     both = parse(["bf16"], [Path("style.safetensors")])
     assert [way.name for way in both] == ["bf16", "bf16 + LoRA"]
     assert both[1].loras == (str(Path("style.safetensors").absolute()),)

@@ -21,17 +21,16 @@ from torch import nn
 
 from image_worker import checkpoints
 from image_worker.catalog import LIGHTNING_SAMPLER, ModelEntry, Sampler
-from image_worker.errors import DoesNotFit, InvalidSettings, OutOfMemory
+from image_worker.errors import DoesNotFit, OutOfMemory
 from image_worker.model import components, files, from_checkpoint, libraries, numbers, sources
 from image_worker.model.adapters import Adapter
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.cold_start import ColdStart
 from image_worker.model.components import Component
-from image_worker.model.configs import TransformerConfig
 from image_worker.model.hardware import Hardware
 from image_worker.model.kept import Kept
 from image_worker.model.memory import release
-from image_worker.model.opening import Plain, in_own_format, open_checkpoint
+from image_worker.model.opening import Plain, in_own_format
 from image_worker.model.packed import HOST, move
 from image_worker.model.placement import Plan, plan
 from image_worker.model.recipe import Incomplete, Recipe, as_served, read_component
@@ -138,7 +137,7 @@ def _build(
     """Plans, and starts as planned."""
     configs = components.read_configs(found.folder)
     shape = components.shape(entry, configs)
-    checkpoint = _open(settings, found, configs)
+    checkpoint = sources.open_checkpoint_of(found, settings, configs["transformer"])
     sizes = components.sizes(
         found.folder, settings, dtype, has_weights=found.is_complete, checkpoint=checkpoint
     )
@@ -175,29 +174,6 @@ def _build(
             f"the card ran out of memory while starting at {decided.precision}; "
             "choose a smaller PRECISION_MODE or CPU_OFFLOAD=stream, or free the card"
         ) from error
-
-
-def _open(settings: Settings, found: Sources, configs: dict[str, Any]) -> Checkpoint | Plain | None:
-    """The file that the transformer's weights are in, if it is not the folder's."""
-    if found.checkpoint is None:
-        return None
-    expected = TransformerConfig.parse(configs["transformer"])
-    opened = open_checkpoint(found.checkpoint, expected)
-    log.info("transformer: %s, %s", found.checkpoint.name, opened.label)
-    own = in_own_format(opened)
-    told = own.lightning_steps if own else None
-    if told and settings.checkpoint_lightning == "auto" and not checkpoints.lightning_of(settings):
-        raise InvalidSettings(
-            f"{found.checkpoint.name} says that Lightning for {told} steps is merged in it: set "
-            f"CHECKPOINT_LIGHTNING={told}, or 0 if it is not so"
-        )
-    if found.loras and own:
-        raise InvalidSettings(
-            f"weights in {opened.label} cannot take {found.loras[0].name}, which is to be merged; "
-            "set CHECKPOINT_LIGHTNING=4 or 8 if the file has Lightning in it, or "
-            "USE_LIGHTNING_LORA=0 to go without"
-        )
-    return opened
 
 
 def _label(checkpoint: Checkpoint | Plain | None, decided: Plan) -> str:

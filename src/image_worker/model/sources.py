@@ -6,6 +6,7 @@ another is therefore known without them, where they come from the hub: a commit 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,12 @@ from image_worker import checkpoints
 from image_worker.catalog import HubFile, ModelEntry
 from image_worker.errors import InvalidSettings
 from image_worker.model import files, from_url
+from image_worker.model.checkpoint import Checkpoint
+from image_worker.model.configs import TransformerConfig
+from image_worker.model.opening import Plain, in_own_format, open_checkpoint
 from image_worker.settings import Settings
+
+log = logging.getLogger(__name__)
 
 _IN_CACHE = re.compile(
     r"/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<path>.+))?$"
@@ -85,6 +91,38 @@ def loras_of(entry: ModelEntry, settings: Settings) -> list[HubFile]:
             "set USE_LIGHTNING_LORA=0 to go without"
         )
     return [file]
+
+
+def open_checkpoint_of(
+    found: Sources, settings: Settings, config: dict[str, Any]
+) -> Checkpoint | Plain | None:
+    """The file that the transformer's weights are in, if they are not the folder's.
+
+    config: the transformer's, of the model's folder.
+
+    Raises:
+        ModelMismatch: it does not fit the model, or is not understood.
+        InvalidSettings: it is not known whether Lightning is in it, or its weights cannot take it.
+    """
+    if found.checkpoint is None:
+        return None
+    expected = TransformerConfig.parse(config)
+    opened = open_checkpoint(found.checkpoint, expected)
+    log.info("transformer: %s, %s", found.checkpoint.name, opened.label)
+    own = in_own_format(opened)
+    told = own.lightning_steps if own else None
+    if told and settings.checkpoint_lightning == "auto" and not checkpoints.lightning_of(settings):
+        raise InvalidSettings(
+            f"{found.checkpoint.name} says that Lightning for {told} steps is merged in it: set "
+            f"CHECKPOINT_LIGHTNING={told}, or 0 if it is not so"
+        )
+    if found.loras and own:
+        raise InvalidSettings(
+            f"weights in {opened.label} cannot take {found.loras[0].name}, which is to be merged; "
+            "set CHECKPOINT_LIGHTNING=4 or 8 if the file has Lightning in it, or "
+            "USE_LIGHTNING_LORA=0 to go without"
+        )
+    return opened
 
 
 def facts_of_model(folder: Path, checkpoint: Path | None) -> list[list[Any]]:
