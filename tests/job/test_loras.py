@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def plain_http(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a server on this machine can stand in for one with a certificate."""
-    monkeypatch.setattr(loras, "_SECURE", ("http://",))
+    monkeypatch.setattr(loras, "_LORA", replace(loras._LORA, schemes=("http://",)))
 
 
 def test_a_file_is_fetched_whole(
@@ -78,8 +79,8 @@ def test_a_file_is_fetched_whole(
         ("/endless", InvalidLora, "over 1 MB"),
         ("/declared", InvalidLora, "over 1 MB"),
         ("/swollen", InvalidLora, "over 1 MB"),
-        ("/to?file:///etc/passwd", InvalidLora, "not https"),
-        ("/to?ftp://a.example/x", InvalidLora, "not https"),
+        ("/to?file:///etc/passwd", InvalidLora, "must begin with"),
+        ("/to?ftp://a.example/x", InvalidLora, "must begin with"),
         ("/to?http://[::1", InvalidLora, "not valid"),
         ("/to?/to?/to?/to?/to?/to?/picture", InvalidLora, "too many"),
     ],
@@ -111,9 +112,9 @@ def test_a_slow_drip_ends_at_the_deadline(
 def test_addresses_of_this_machine_and_plain_http_are_refused(
     server: str, monkeypatch: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(InvalidLora, match="not https"):
+    with pytest.raises(InvalidLora, match="must begin with https://"):
         loras.fetch(server, tmp_path / "x.safetensors", LIMIT)
-    monkeypatch.setattr(loras, "_SECURE", ("http://", "https://"))
+    monkeypatch.setattr(loras, "_LORA", replace(loras._LORA, schemes=("http://", "https://")))
     for url in (server, "https://169.254.169.254/latest", "https://[::1]/"):
         with pytest.raises(InvalidLora, match="public address"):
             loras.fetch(url, tmp_path / "x.safetensors", LIMIT)

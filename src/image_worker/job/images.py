@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import TypeVar
-from urllib.parse import urljoin
 
 import pybase64
 from PIL import Image, ImageCms, ImageOps
@@ -24,7 +23,7 @@ from requests import Response
 
 from image_worker.errors import ImageUnavailable, InvalidImage, WorkerError
 from image_worker.job.budget import Budget
-from image_worker.job.network import request, within
+from image_worker.job.network import Wanted, within
 from image_worker.job.request import ImageSource
 
 T = TypeVar("T")
@@ -37,8 +36,7 @@ MIN_SIDE = 8
 MAX_RATIO = 8.0
 MAX_SCANS = 100
 FETCH_SECONDS = 30.0
-_IDLE_SECONDS = 10  # longest silence of a server
-_MAX_REDIRECTS = 5
+_PICTURE = Wanted("the picture", InvalidImage, ImageUnavailable)
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 _TOO_LARGE = f"the picture is over {MAX_BYTES // 2**20} MiB"
@@ -259,41 +257,13 @@ def fetch(url: str, allowance: Allowance | None = None) -> bytes:
     """
     allowed = allowance or Allowance()
     late = ImageUnavailable(f"the picture did not arrive within {FETCH_SECONDS:g} seconds")
-    return within(allowed.seconds, lambda: _download(url, allowed), late)
-
-
-def _download(url: str, allowance: Allowance) -> bytes:
-    from runpod.serverless.utils.rp_ssrf import SSRFError
-
-    try:
-        for _ in range(_MAX_REDIRECTS + 1):
-            with request("GET", url, timeout=_IDLE_SECONDS) as response:
-                if not response.is_redirect:
-                    return _body(response, allowance)
-                url = urljoin(url, response.headers["Location"])
-        raise InvalidImage("the URL leads to too many others")
-    except WorkerError:
-        raise
-    except SSRFError as error:
-        if isinstance(error.__cause__, OSError):
-            raise ImageUnavailable("the host name of the URL could not be resolved") from error
-        raise InvalidImage("the URL is not allowed: it must lead to a public address") from error
-    except (
-        ValueError
-    ) as error:  # requests' and urllib's errors about the URL itself are of this kind
-        raise InvalidImage("the URL is not valid") from error
-    except Exception as error:
-        raise ImageUnavailable("the picture could not be fetched from its URL") from error
+    return within(
+        allowed.seconds, lambda: _PICTURE.fetch(url, lambda answer: _body(answer, allowed)), late
+    )
 
 
 def _body(response: Response, allowance: Allowance) -> bytes:
-    status, length = response.status_code, response.headers.get("Content-Length", "")
-    if status in (408, 425, 429) or status >= 500:
-        raise ImageUnavailable(f"the picture's server answered {status}")
-    if status != 200:
-        raise InvalidImage(f"the picture's server answered {status}")
-    if length.isdigit() and int(length[:20]) > MAX_BYTES:
-        raise InvalidImage(_TOO_LARGE)
+    _PICTURE.check(response, MAX_BYTES, _TOO_LARGE)
     data = bytearray()
     # read1 returns after one read of the socket, so a slow drip meets the deadline.
     while chunk := response.raw.read1(2**16, decode_content=True):

@@ -13,18 +13,17 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from requests import Response
 
-from image_worker.errors import InvalidLora, LoraUnavailable, WorkerError
-from image_worker.job.network import request, within
+from image_worker.errors import InvalidLora, LoraUnavailable
+from image_worker.job.network import Wanted, within
 
 FETCH_SECONDS = 120.0
 _SUFFIX = ".safetensors"
 _SECURE = ("https://",)
-_IDLE_SECONDS = 10  # longest silence of a server
-_MAX_REDIRECTS = 5
+_LORA = Wanted("the LoRA", InvalidLora, LoraUnavailable, _SECURE)
 _READ = 2**20
 _LONGEST_NAME = 200  # characters
 
@@ -108,38 +107,11 @@ def fetch(url: str, place: Path, max_bytes: int, seconds: float = FETCH_SECONDS)
 
 
 def _download(url: str, place: Path, max_bytes: int, deadline: float) -> None:
-    from runpod.serverless.utils.rp_ssrf import SSRFError
+    def receive(response: Response) -> None:
+        _LORA.check(response, max_bytes, str(too_large(max_bytes)))
+        _write(response, place, max_bytes, deadline)
 
-    try:
-        for _ in range(_MAX_REDIRECTS + 1):
-            if not url.lower().startswith(_SECURE):
-                raise InvalidLora("the LoRA's URL leads to one that is not https")
-            with request("GET", url, timeout=_IDLE_SECONDS) as response:
-                if not response.is_redirect:
-                    _check(response, max_bytes)
-                    return _write(response, place, max_bytes, deadline)
-                url = urljoin(url, response.headers["Location"])
-        raise InvalidLora("the LoRA's URL leads to too many others")
-    except WorkerError:
-        raise
-    except SSRFError as error:
-        if isinstance(error.__cause__, OSError):
-            raise LoraUnavailable("the host name of the URL could not be resolved") from error
-        raise InvalidLora("the URL is not allowed: it must lead to a public address") from error
-    except ValueError as error:  # requests' and urllib's errors about the URL itself
-        raise InvalidLora("the LoRA's URL is not valid") from error
-    except Exception as error:
-        raise LoraUnavailable("the LoRA could not be fetched from its URL") from error
-
-
-def _check(response: Response, max_bytes: int) -> None:
-    status, length = response.status_code, response.headers.get("Content-Length", "")
-    if status in (408, 425, 429) or status >= 500:
-        raise LoraUnavailable(f"the LoRA's server answered {status}")
-    if status != 200:
-        raise InvalidLora(f"the LoRA's server answered {status}")
-    if length.isdigit() and int(length[:20]) > max_bytes:
-        raise too_large(max_bytes)
+    _LORA.fetch(url, receive)
 
 
 def _write(response: Response, place: Path, max_bytes: int, deadline: float) -> None:

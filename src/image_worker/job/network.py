@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -18,6 +19,8 @@ from image_worker.errors import WorkerError
 
 _PORTS = {"http": 80, "https": 443}
 _NO_RETRIES = Retry(0, read=False)
+_IDLE_SECONDS = 10  # longest silence of a server
+_MAX_REDIRECTS = 5
 
 # On top of what the SDK refuses: networks that lead on to an IPv4 address in the packet's own
 # address, and reserved ones that the ipaddress module of earlier Pythons takes for public.
@@ -134,3 +137,61 @@ def request(
             with response:
                 yield response
                 return
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a caller's URL is to lead to, as messages call it, and the errors where it does not.
+
+    refused: the caller's fault; unavailable: it may pass; schemes: what all of its URLs begin with.
+    """
+
+    name: str
+    refused: type[WorkerError]
+    unavailable: type[WorkerError]
+    schemes: tuple[str, ...] = ("http://", "https://")
+
+    def fetch(self, url: str, receive: Callable[[requests.Response], T]) -> T:
+        """What `receive` makes of the answer, whose body is still unread. Redirects are followed.
+
+        Raises:
+            WorkerError: of the two kinds; `receive`'s own ones pass.
+        """
+        from runpod.serverless.utils.rp_ssrf import SSRFError
+
+        try:
+            for _ in range(_MAX_REDIRECTS + 1):
+                if not url.lower().startswith(self.schemes):
+                    allowed = " or ".join(self.schemes)
+                    raise self.refused(f"the URL is not allowed: it must begin with {allowed}")
+                with request("GET", url, timeout=_IDLE_SECONDS) as response:
+                    if not response.is_redirect:
+                        return receive(response)
+                    url = urljoin(url, response.headers["Location"])
+            raise self.refused("the URL leads to too many others")
+        except WorkerError:
+            raise
+        except SSRFError as error:
+            if isinstance(error.__cause__, OSError):
+                raise self.unavailable("the host name of the URL could not be resolved") from error
+            raise self.refused(
+                "the URL is not allowed: it must lead to a public address"
+            ) from error
+        except ValueError as error:  # requests' and urllib's errors about the URL itself
+            raise self.refused("the URL is not valid") from error
+        except Exception as error:
+            raise self.unavailable(f"{self.name} could not be fetched from its URL") from error
+
+    def check(self, response: requests.Response, max_bytes: int, too_large: str) -> None:
+        """Whether the answer has it, and within so many bytes, as far as it says.
+
+        Raises:
+            WorkerError: of the two kinds.
+        """
+        status, length = response.status_code, response.headers.get("Content-Length", "")
+        if status in (408, 425, 429) or status >= 500:
+            raise self.unavailable(f"{self.name}'s server answered {status}")
+        if status != 200:
+            raise self.refused(f"{self.name}'s server answered {status}")
+        if length.isdigit() and int(length[:20]) > max_bytes:
+            raise self.refused(too_large)
