@@ -118,3 +118,8 @@ def test_addresses_of_this_machine_and_plain_http_are_refused(
     for url in (server, "https://169.254.169.254/latest", "https://[::1]/"):
         with pytest.raises(InvalidLora, match="public address"):
             loras.fetch(url, tmp_path / "x.safetensors", LIMIT)
+
+
+def test_lightning_is_not_a_jobs_to_choose() -> None:
+    with pytest.raises(ValueError, match="schedule of its own"):
+        loras.parse("lightx2v/Qwen-Image-Lightning:Qwen-Image-Lightning-4steps-V1.0.safetensors")

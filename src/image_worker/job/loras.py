@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from requests import Response
 
+from image_worker.catalog import CATALOG
 from image_worker.errors import InvalidLora, LoraUnavailable
 from image_worker.job.network import Wanted, within
 
@@ -25,6 +26,7 @@ _SUFFIX = ".safetensors"
 _SECURE = ("https://",)
 _LORA = Wanted("the LoRA", InvalidLora, LoraUnavailable, _SECURE)
 _READ = 2**20
+_LIGHTNING = {file.repo for entry in CATALOG.values() for file in entry.lightning.values()}
 _LONGEST_NAME = 200  # characters
 
 # No part of a path begins with a dot, so none leads out of its folder.
@@ -84,6 +86,10 @@ def parse(text: str) -> Source:
             raise ValueError(f"the path of a LoRA's URL must end in {_SUFFIX}")
         return AtUrl(text)
     on_hub = _ON_HUB.fullmatch(text)
+    if on_hub and on_hub["repo"] in _LIGHTNING:
+        raise ValueError(
+            "Lightning needs a schedule of its own: the worker's settings choose it, not a job"
+        )
     if on_hub:
         return OnHub(on_hub["repo"], on_hub["path"], on_hub["revision"])
     if _IN_FOLDER.fullmatch(text):
