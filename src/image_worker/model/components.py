@@ -120,13 +120,6 @@ def _empty_vae(folder: Path) -> nn.Module:
         return Vae(config)
 
 
-def _on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        return make()
-
-
 def is_modulation(path: str) -> bool:
     """Whether the transformer's layer of that name sees nothing but the timestep."""
     return ".img_mod." in path or ".txt_mod." in path or path == "norm_out.linear"
