@@ -16,8 +16,22 @@ CPU = torch.device("cpu")
 
 
 def test_they_are_used_as_edits_use_them() -> None:
+    vae, seen = build_mini().vae, []
+    for part in (vae.encoder, vae.decoder):
+        part.register_forward_hook(lambda _, given, made: seen.append((given[0].shape, made.shape)))
+    libraries.use_vae(vae, 70, CPU, torch.float32)  # no multiple of eight
+    sides = [[shape[-1] for shape in shapes] for shapes in seen]
+    assert sides == [[64, 8], [8, 64]]
+
+
+def test_each_kind_of_operation_is_used_once(monkeypatch: Any) -> None:
+    seen = []
+    ops = SimpleNamespace(quantise=lambda x, to: seen.append((x.shape[-1], to)))
+    monkeypatch.setattr(libraries, "operations", lambda _: ops)
+    for name in ("scaled_dot_product_attention", "linear"):
+        monkeypatch.setattr(libraries.functional, name, lambda *_, name=name: seen.append(name))
     libraries.use_each(CPU, torch.float32)
-    libraries.use_vae(build_mini().vae, 70, CPU, torch.float32)  # no multiple of eight
+    assert seen == ["scaled_dot_product_attention", "linear", (128, torch.int8)]
 
 
 @pytest.mark.parametrize(
@@ -40,14 +54,19 @@ def test_a_card_that_is_full_is_left_to_the_first_edit(monkeypatch: Any) -> None
         raise torch.OutOfMemoryError("none is left")
 
     monkeypatch.setattr(libraries, "keep_kernels", lambda _: None)
+    used: list[Any] = []
     monkeypatch.setattr(libraries, "use_each", full)
-    libraries._load(recipe(1), Plan("4bit"), None)
+    monkeypatch.setattr(libraries, "use_vae", lambda *given: used.append(given))
+    libraries._load(recipe(1), Plan("4bit"), None)  # and does not raise
+    assert not used
 
 
 def test_without_a_card_there_are_none(monkeypatch: Any) -> None:
-    monkeypatch.setattr(libraries, "_load", lambda *_: pytest.fail("they were used"))
+    used: list[Any] = []
+    monkeypatch.setattr(libraries, "_load", lambda *given: used.append(given))
     with libraries.loading(recipe(1), Plan("4bit"), None):
         pass
+    assert not used
 
 
 def recipe(area: int) -> Any:

@@ -35,9 +35,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--evict", action="store_true", help="also from the disk")
     parser.add_argument("--child", choices=("ours", "stock"), help=argparse.SUPPRESS)
+    parser.add_argument("--begun", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        sys.stdout.write(json.dumps(measure(options.child)) + "\n")
+        sys.stdout.write(json.dumps(measure(options.child, options.begun)) + "\n")
         return
     ensure_checkpoint(options.folder)
     results = {"ours, preparing": [start("ours", options.folder)]}
@@ -64,26 +65,29 @@ def main() -> None:
 
 def start(name: str, folder: Path) -> dict[str, float]:
     """One process, from its start on."""
-    environment = os.environ | {
-        "MODEL": MODEL,
-        "MODEL_DIR": str(folder),
-        "LOCAL_ONLY": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PRECISION_MODE": "4bit",
-        "LIGHTNING_STEPS": "4",
-        "KEEP_PREPARED": "1",
-        "BEGUN": str(time.time()),
-    }
+    from image_worker.settings import environment
+
+    variables = environment(
+        {
+            "MODEL": MODEL,
+            "MODEL_DIR": str(folder),
+            "LOCAL_ONLY": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PRECISION_MODE": "4bit",
+            "LIGHTNING_STEPS": "4",
+            "KEEP_PREPARED": "1",
+        }
+    )
     command = [sys.executable, "-m", "image_worker.bench.cold_start", str(folder), "--child", name]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    command += ["--begun", str(time.time())]
+    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     sys.stderr.write(f"{name}: {found}\n")
     return found
 
 
-def measure(name: str) -> dict[str, float]:
-    """In the child: seconds from the process' start, GiB of the host's memory."""
-    begun = float(os.environ["BEGUN"])
+def measure(name: str, begun: float) -> dict[str, float]:
+    """In the child: seconds from the process' start, by its parent's clock; GiB of host memory."""
     load = _ours if name == "ours" else _stock
     make = load()
     from image_worker.model.cold_start import host_peak_gib

@@ -12,7 +12,6 @@ import base64
 import io
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -97,7 +96,9 @@ def ensure_checkpoint(folder: Path) -> None:
 
 def run(folder: Path, configuration: dict[str, str]) -> dict[str, Any]:
     """One configuration in a process of its own: its measurements, or its error."""
-    environment = os.environ | {
+    from image_worker.settings import environment
+
+    variables = {
         "MODEL": MODEL,
         "MODEL_DIR": str(folder),
         "LOCAL_ONLY": "1",
@@ -109,7 +110,12 @@ def run(folder: Path, configuration: dict[str, str]) -> dict[str, Any]:
     }
     command = [sys.executable, "-m", "image_worker.bench.full_size", str(folder), "--child"]
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, text=True, check=False, timeout=900
+        command,
+        env=environment(variables),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=900,
     )
     if done.returncode:
         return configuration | {"error": f"exit status {done.returncode}"}

@@ -12,7 +12,6 @@ import argparse
 import base64
 import io
 import json
-import os
 import random
 import signal
 import socket
@@ -31,6 +30,7 @@ from typing import Any
 import requests
 
 from image_worker.bench.stand_in_queue import StandInQueue
+from image_worker.settings import environment
 
 HANDLER = "import sys; from image_worker.serve.main import main; sys.exit(main())"
 START_SECONDS = 900  # a cold start may download
@@ -92,7 +92,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the load")
     parser.add_argument("--log", type=Path, help="where the worker's log goes")
     options = parser.parse_args()
-    variables = {"MODEL": os.environ.get("MODEL", "mini")}
+    variables = {"MODEL": environment({}).get("MODEL", "mini")}
     if options.batch_size:
         variables["BATCH_SIZE"] = str(options.batch_size)
     log = options.log or Path(tempfile.mkdtemp()) / "worker.log"
@@ -182,7 +182,7 @@ def worker_process(
     """A worker in a process of its own, killed at the end if it still runs."""
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT
+            command, env=environment(variables), stdout=output, stderr=subprocess.STDOUT
         )
     try:
         yield process
