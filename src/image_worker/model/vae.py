@@ -8,6 +8,7 @@ in diffusers' `AutoencoderKLQwenImage`. Not here: sampling from the posterior, a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
@@ -135,11 +136,12 @@ def _flat(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
             yield layer
 
 
-class _Group(nn.Module):
+class _Group(nn.Module, ABC):
     """Layers that share a part of their parameters' names. `_run` runs them, one by one."""
 
+    @abstractmethod
     def layers(self) -> Iterable[nn.Module]:
-        raise NotImplementedError
+        """They, in their order."""
 
 
 class _Up(_Group):
