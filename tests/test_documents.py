@@ -12,9 +12,10 @@ from typing import get_args
 import pytest
 
 from image_worker import __main__ as command
+from image_worker.allowed import allowed_values
 from image_worker.catalog import CATALOG
 from image_worker.job.request import EditRequest
-from image_worker.settings import Settings, allowed_values
+from image_worker.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from image_worker.allowed import explain
 from image_worker.compute import POSSIBLE
 from image_worker.errors import InvalidSettings
 
@@ -191,7 +191,8 @@ class Settings(BaseSettings):
         try:
             settings = cls.model_validate(values)
         except ValidationError as error:
-            raise InvalidSettings("\n".join(_explain(cls, values, error))) from None
+            lines = explain(error, cls.model_fields, values)
+            raise InvalidSettings("\n".join(lines)) from None
         settings._refuse_contradictions()
         return settings
 
@@ -259,42 +260,3 @@ class Settings(BaseSettings):
 def environment(changes: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with `changes`, for a process of its own."""
     return {**os.environ, **changes}
-
-
-def _explain(
-    cls: type[BaseSettings], values: Mapping[str, str], error: ValidationError
-) -> list[str]:
-    lines = []
-    for problem in error.errors():
-        name = str(problem["loc"][0])
-        allowed = allowed_values(cls.model_fields[name])
-        lines.append(f"{name.upper()}={values[name]!r} is not valid; allowed: {allowed}")
-    return lines
-
-
-def allowed_values(field: FieldInfo) -> str:
-    """What a variable may be set to, in words."""
-    choices = [choice for part in _parts(field.annotation) for choice in get_args(part)]
-    if choices:
-        return ", ".join(str(choice) for choice in choices)
-    if field.annotation is bool:
-        return "1 or 0 (also true or false, yes or no, on or off)"
-    bounds = {
-        name: getattr(limit, name)
-        for limit in field.metadata
-        for name in ("gt", "ge", "le")
-        if hasattr(limit, name)
-    }
-    kind = "a whole number" if field.annotation is int else "a number"
-    if "gt" in bounds:
-        return f"{kind} above {bounds['gt']}, up to {bounds['le']}"
-    if bounds:
-        return f"{kind} from {bounds['ge']} to {bounds['le']}"
-    return "text"
-
-
-def _parts(annotation: Any) -> list[Any]:
-    """The `Literal` parts of an annotation, looking through `X | None`."""
-    if get_origin(annotation) is Literal:
-        return [annotation]
-    return [part for part in get_args(annotation) if get_origin(part) is Literal]
