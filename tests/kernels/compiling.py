@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from image_worker.kernels import fused, gguf, int8, nf4, products, svdq
-from tests.ggml import block_of
+from tools.ggml import block_of
 
 BF16, FP16, FP8, INT8, FP32 = "*bf16", "*fp16", "*fp8e4nv", "*i8", "*fp32"
 INT, INDEX, BYTES, INT16, INT32 = "i32", "*i64", "*u8", "*i16", "*i32"

@@ -15,8 +15,8 @@ from image_worker.kernels import fused, gguf_blocks, reference
 from image_worker.kernels.reference import FP8, LARGEST, LEAST_AMAX, round_values
 from image_worker.model.formats import gguf
 from image_worker.model.formats.gguf import GgufWeight
-from tests.ggml import block_of, quantise
 from tests.kernels.test_fused import with_carries
+from tools.ggml import block_of, quantise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUANTISED = [name for name in gguf_blocks.TYPES if name not in gguf_blocks.NUMBERS]

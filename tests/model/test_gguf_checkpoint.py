@@ -27,9 +27,10 @@ from image_worker.model.shapes import expected
 from image_worker.model.skeleton import Skeleton
 from image_worker.model.tensor_file import TensorFile
 from image_worker.model.transformer import ROUND_TO, Row, Transformer, velocities
-from tests import ggml, upstream
+from tests import upstream
 from tests.conftest import MINI_FOLDER
 from tests.model.test_products import EXACT, ROWS, TOLERANCE
+from tools import ggml
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 FOLDER = MINI_FOLDER / "transformer"

@@ -14,7 +14,7 @@ import torch
 from image_worker.errors import ModelMismatch
 from image_worker.model.formats import gguf_file
 from image_worker.model.formats.gguf_file import GgufFile
-from tests import ggml
+from tools import ggml
 
 F32, Q8_0 = 0, 8  # types of tensors
 UINT32, TEXT, ARRAY, UINT64 = 4, 8, 9, 10  # of metadata

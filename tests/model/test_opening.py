@@ -22,11 +22,11 @@ from image_worker.model.build import Model
 from image_worker.model.components import is_modulation
 from image_worker.model.opening import Plain, open_checkpoint
 from image_worker.model.placement import Plan
-from tests import ggml
 from tests.conftest import MINI, MINI_FOLDER, build_mini
 from tests.model.test_scaled_fp8 import CONFIG, weights
 from tests.model.test_stream import edit, passing
 from tests.pictures import psnr
+from tools import ggml
 
 NO_LORA = {"use_lightning_lora": "0"}
 

@@ -1,5 +1,7 @@
 """How many held-out edits the miniature passes, per precision and sampler: `make bench-quality`.
 
+Beside `PRECISION_MODE`'s, the transformer can come from a file of another program (`stored.py`).
+
 The edits run through what serves: `image_worker`'s build, conditions, denoising and decoding. Runs
 on a card or a CPU; writes its tables, and the failed edits as a picture, to a folder.
 """
@@ -27,6 +29,7 @@ from image_worker.edit.denoise import denoise, start
 from image_worker.model.build import Model, build
 from image_worker.model.hardware import detect_hardware
 from image_worker.settings import Settings
+from tools.miniature import stored
 from tools.miniature.edits import TWO_PICTURES, Edit, held_out_edits
 from tools.miniature.render import draw, pack, pictures_of, to_image, to_picture
 from tools.miniature.scenes import SIDE
@@ -36,6 +39,7 @@ from tools.miniature.sheet import save_sheet
 MINI = CATALOG["mini"]
 STYLE = Path(MINI.repo) / "loras" / "miniature-outlined-style-bf16.safetensors"
 PRECISIONS = ("bf16", "8bit", "4bit")
+ALL = ("bf16", "fp8", "8bit", "svdq", "4bit", *stored.KINDS)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the tables and pictures go")
     parser.add_argument("--per-kind", type=int, default=30, help="edits of each of the 20 kinds")
-    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=(*PRECISIONS, "fp8"))
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=ALL)
     parser.add_argument("--attention", default="auto", choices=("auto", "bf16", "int8"))
     parser.add_argument("--compute", default="auto", choices=("auto", "bf16", "fp8", "int8"))
     names = [sampling.name for sampling in SAMPLINGS]
@@ -112,7 +116,7 @@ def main() -> None:
                 continue
             if sampling.name not in options.samplings:
                 continue
-            model = load(precision, sampling, options.attention, options.compute)
+            model = load(precision, sampling, options.attention, options.compute, options.folder)
             encoded = encoded or encode(model, examples)
             clock = time.perf_counter()
             results = edit(model, encoded, sampling)
@@ -139,18 +143,27 @@ def make_examples(per_kind: int) -> Examples:
 
 
 def load(
-    precision: str, sampling: Sampling, attention: str = "auto", compute: str = "auto"
+    precision: str,
+    sampling: Sampling,
+    attention: str = "auto",
+    compute: str = "auto",
+    folder: Path = Path(),
 ) -> Model:
-    settings = Settings.from_env(
-        {
-            "ATTENTION": attention,
-            "COMPUTE": compute,
-            "PRECISION_MODE": precision,
-            "USE_LIGHTNING_LORA": str(int(sampling.lightning is not None)),
-            "LIGHTNING_STEPS": str(sampling.lightning or 8),
-        }
-    )
+    """precision: of `ALL`; folder: for files, from which the model reads as long as it serves."""
+    variables = {
+        "ATTENTION": attention,
+        "COMPUTE": compute,
+        "PRECISION_MODE": precision,
+        "USE_LIGHTNING_LORA": str(int(sampling.lightning is not None)),
+        "LIGHTNING_STEPS": str(sampling.lightning or 8),
+    }
     loras = [STYLE] if sampling.style else []
+    if precision in stored.KINDS:
+        path = stored.write(precision, folder, sampling.lightning)
+        steps = str(sampling.lightning or 0)
+        variables |= {"CHECKPOINT": str(path), "CHECKPOINT_LIGHTNING": steps}
+        variables["PRECISION_MODE"] = "bf16"  # of the text encoder
+    settings = Settings.from_env(variables)
     return build(settings, MINI, detect_hardware(settings), loras=loras)
 
 

@@ -1,9 +1,11 @@
 """Forwards of the transformer, diffusers' and ours: `python -m image_worker.bench.forward`.
 
 The true architecture with random weights. All ways take turns, a few forwards each, as a job has
-them. "rel." is the distance of an output from the stock module's, with the same weights in float32,
-relative to its length. With 140 GB everything is measured; a smaller card leaves out, and says so,
-first the ways that are not ours by default, then the stock module, then whole precisions.
+them: those of one kind of weights, or of all (`--together`). "rel." is the distance of an output
+from the stock module's, with the same weights in float32, relative to its length; "weights" is what
+they take on the card, "working" what a forward takes beside them, both in GiB. With 140 GB
+everything is measured; a smaller card leaves out, and says so, first the ways that are not ours by
+default, then the stock module, then whole kinds.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,11 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from image_worker.bench import ggml
-from image_worker.bench.random_model import CARD, random_model, random_row
+from image_worker.bench.random_model import CARD, KINDS, random_model, random_row
 from image_worker.bench.stock_nf4 import use_bitsandbytes
 from image_worker.compute import Compute, automatic, possible
 from image_worker.model.attention import Int8
-from image_worker.model.formats import FORMATS
 from image_worker.model.transformer import ROUND_TO, Row, Transformer, velocities
 from image_worker.settings import Precision
 
@@ -38,22 +40,42 @@ CASES = ((1024, 1), (1024, 2), (512, 1), (1024, 0), (512, 0))  # side of the res
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8", "4bit")
 GIB = 2**30
 FLOAT32_GIB, BF16_GIB = 90, 44  # that a forward of the stock module takes
+# Of kinds that are no PRECISION_MODE: by which it is chosen what they are multiplied in.
+LIKE = dict.fromkeys(ggml.KINDS, "4bit") | {
+    "svdq-r128": "svdq",
+    "svdq-ranges": "svdq",
+    "fp8-file": "fp8",
+}
+NOT_STOCK = ("fp8", "fp8-file", "svdq", "svdq-r128", "svdq-ranges")  # diffusers has no such layers
 Way = tuple[Compute, bool]  # what ours multiplies in, and whether it attends in int8
-Run = Callable[[], Sequence[Tensor] | Tensor]  # velocities of each row
 Result = tuple[str | int, ...]  # a line of the table
 Extent = Literal["all ways", "stock and ours", "ours alone"]
 EXTENTS: tuple[Extent, ...] = ("all ways", "stock and ours", "ours alone")
-_COLUMNS = ("result", "references", "batch", "weights", "how", "ms", "± ms", "rel.")
+_COLUMNS = (
+    *("result", "references", "batch", "kind", "how"),
+    *("weights", "working", "rel.", "ms", "± ms"),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way to make a forward. weights: bytes on the card."""
+
+    kind: str
+    how: str
+    run: Callable[[Sequence[Row]], Sequence[Tensor] | Tensor]
+    weights: int
 
 
 def main() -> None:
     """Measures every case in every precision; prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--outliers", action="store_true", help="some channels 20 times the others")
-    parser.add_argument("--cases", type=int, nargs="*", help="numbers of cases, from 0")
     parser.add_argument(
-        "--precisions", nargs="+", default=PRECISIONS, choices=(*FORMATS, *ggml.KINDS)
+        "--outliers", choices=("inputs", "weights"), help="some channels 20 times the others"
     )
+    parser.add_argument("--cases", type=int, nargs="*", help="numbers of cases, from 0")
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=KINDS)
+    parser.add_argument("--together", action="store_true", help="all of these take turns")
     parser.add_argument("--batch", type=int, default=1, help="rows of each forward")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--forwards", type=int, default=FORWARDS, help="of one way in each round")
@@ -65,8 +87,9 @@ def main() -> None:
     exact = _exact(rows, options)
     sys.stdout.write(f"| {' | '.join(_COLUMNS)} |\n{'| --- ' * len(_COLUMNS)}|\n")
     found = []
-    for precision in options.precisions:
-        for result in _as_much_as_fits(precision, rows, exact, options):
+    kinds = options.precisions
+    for group in [kinds] if options.together else [[kind] for kind in kinds]:
+        for result in _as_much_as_fits(group, rows, exact, options):
             found.append(dict(zip(_COLUMNS, result, strict=True)))
             sys.stdout.write("| " + " | ".join(map(str, result)) + " |\n")
             sys.stdout.flush()
@@ -125,59 +148,88 @@ def _transformer(model: Any, way: Way) -> Transformer:
 
 
 def _as_much_as_fits(
-    precision: str,
+    kinds: Sequence[str],
     rows: dict[tuple[int, int], Row],
     exact: dict[tuple[int, int], Tensor],
     options: argparse.Namespace,
 ) -> list[Result]:
-    for extent in EXTENTS:
+    extents = EXTENTS[1:] if len(kinds) > 1 else EXTENTS
+    for extent in extents:
         gc.collect()  # the last modules, which hold themselves
         torch.cuda.empty_cache()
         try:
-            return _compare(precision, extent, rows, exact, options)
+            return _compare(kinds, extent, rows, exact, options)
         except torch.OutOfMemoryError:
-            sys.stdout.write(f"{precision}: the card is too small for {extent}\n")
-    sys.stdout.write(f"{precision} is left out\n")
+            sys.stdout.write(f"{', '.join(kinds)}: the card is too small for {extent}\n")
+    sys.stdout.write(f"{', '.join(kinds)}: left out\n")
     return []
 
 
 def _compare(
-    precision: str,
+    kinds: Sequence[str],
     extent: Extent,
     rows: dict[tuple[int, int], Row],
     exact: dict[tuple[int, int], Tensor],
     options: argparse.Namespace,
 ) -> list[Result]:
-    ways = _ways(precision, torch.cuda.get_device_capability())
-    alone = extent == "ours alone"
-    aside = torch.device("cpu") if alone else CARD
-    model = random_model(precision, outliers=options.outliers, modulation=aside)
-    if alone:
-        served = {ways[0]: _transformer(model, ways[0])}
-    else:
-        served = {way: ours(model, *way) for way in (ways if extent == "all ways" else ways[:1])}
-        use_bitsandbytes(model.transformer_blocks, torch.bfloat16)  # as stock has them
-        ggml.use_diffusers(model.transformer_blocks, torch.bfloat16)
-    results = []
+    ways: list[Measured] = []
+    shared = None
+    for kind in kinds:
+        ranges = _ranges(rows, options) if kind == "svdq-ranges" else None
+        model = random_model(
+            kind,
+            outliers=options.outliers,
+            modulation=torch.device("cpu") if extent == "ours alone" else CARD,
+            shared=shared,
+            ranges=ranges,
+        )
+        shared = shared or model
+        ways += _ways_of(kind, model, extent)
+    found = []
     for case, row in rows.items():
-        given = [row] * options.batch
-        runs: dict[str, Run] = {
-            f"ours, {compute} products, {'int8' if int8 else 'bf16'} attention": functools.partial(
-                velocities, transformer, given
-            )
-            for (compute, int8), transformer in served.items()
-        }
-        if precision not in ("fp8", "svdq") and not alone:  # diffusers has none of its own
-            runs = {"stock": functools.partial(stock, model, given)} | runs
-        title = f"{precision}, {case[0]}², {case[1]} references"
-        for name, cells in _measure(runs, exact.get(case), options, title).items():
-            results.append((f"{case[0]}²", case[1], options.batch, precision, name, *cells))
-    return results
+        title = f"{', '.join(kinds)}, {case[0]}², {case[1]} references"
+        measured = _measure(ways, [row] * options.batch, exact.get(case), options, title)
+        for way, cells in zip(ways, measured, strict=True):
+            found.append((f"{case[0]}²", case[1], options.batch, way.kind, way.how, *cells))
+    return found
 
 
-def _ways(precision: str, capability: tuple[int, int]) -> list[Way]:
+def _ways_of(kind: str, model: Any, extent: Extent) -> list[Measured]:
+    """The stock module's way first, where diffusers has such layers."""
+    weights = on_card(model)
+    chosen = _ways(kind, torch.cuda.get_device_capability())
+    if extent == "ours alone":
+        served = {chosen[0]: _transformer(model, chosen[0])}
+    else:
+        chosen = chosen if extent == "all ways" else chosen[:1]
+        served = {way: ours(model, *way) for way in chosen}
+    found = []
+    if kind not in NOT_STOCK and extent != "ours alone":
+        use_bitsandbytes(model.transformer_blocks, torch.bfloat16)
+        ggml.use_diffusers(model.transformer_blocks, torch.bfloat16)
+        found.append(Measured(kind, "stock", functools.partial(stock, model), weights))
+    for (compute, int8), transformer in served.items():
+        how = f"ours, {compute} products, {'int8' if int8 else 'bf16'} attention"
+        run = functools.partial(velocities, transformer)
+        found.append(Measured(kind, how, run, on_card(transformer)))
+    return found
+
+
+def on_card(module: Any) -> int:
+    """Bytes of a module's tensors on the card."""
+    tensors = (*module.parameters(), *module.buffers())
+    storages = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.is_cuda}
+    return sum(storages.values())
+
+
+def _ranges(rows: dict[Any, Row], options: argparse.Namespace) -> dict[str, Tensor]:
+    """The largest absolute values of inputs, by layer and channel, of jobs like those measured."""
+    raise NotImplementedError
+
+
+def _ways(kind: str, capability: tuple[int, int]) -> list[Way]:
     """What ours multiplies in, and whether it attends in int8; first what it does by default."""
-    like = cast("Precision", "4bit" if precision in ggml.KINDS else precision)
+    like = cast("Precision", LIKE.get(kind, kind))
     hopper = capability == (9, 0)
     compute = automatic(like, capability, bf16=True)
     ways: list[Way] = [(compute, True), (compute, False)] if hopper else [(compute, False)]
@@ -187,21 +239,29 @@ def _ways(precision: str, capability: tuple[int, int]) -> list[Way]:
 
 
 def _measure(
-    runs: dict[str, Run], exact: Tensor | None, options: argparse.Namespace, title: str
-) -> dict[str, tuple[str, ...]]:
-    """Of each run: milliseconds of a forward, their spread, its error; in turns."""
-    errors = {
-        name: "" if exact is None else f"{relative(run()[0], exact):.4f}"
-        for name, run in runs.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    ways: Sequence[Measured],
+    rows: Sequence[Row],
+    exact: Tensor | None,
+    options: argparse.Namespace,
+    title: str,
+) -> list[tuple[str, ...]]:
+    """Of each way: GiB of weights and beside them, error, milliseconds and their spread."""
+    first = []
+    for way in ways:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        output = way.run(rows)[0]
+        working = torch.cuda.max_memory_allocated() - before
+        error = "" if exact is None else f"{relative(output, exact):.4f}"
+        first.append((f"{way.weights / GIB:.2f}", f"{working / GIB:.2f}", error))
+    times: list[list[float]] = [[] for _ in ways]
     for _ in tqdm(range(options.rounds), desc=title, leave=False, disable=None):
-        for name, run in runs.items():
-            times[name].append(timed(run, options.forwards))
-    return {
-        name: (*(f"{number:.1f}" for number in median(taken)), errors[name])
-        for name, taken in times.items()
-    }
+        for way, taken in zip(ways, times, strict=True):
+            taken.append(timed(functools.partial(way.run, rows), options.forwards))
+    return [
+        (*cells, *(f"{number:.1f}" for number in median(taken)))
+        for cells, taken in zip(first, times, strict=True)
+    ]
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -1,7 +1,7 @@
-"""Weights in two of ggml's types, made on the card, and diffusers' own layers for them: to measure.
+"""Weights in three of ggml's types, made on the card, and diffusers' layers for them: to measure.
 
-The types are Q8_0 and Q4_K, which most layers of a Q4_K_M file have. Scales come from each block's
-extremes, as in llama.cpp's quantisers without their search: a little larger errors, equal times.
+Scales come from each block's extremes, as in llama.cpp's quantisers without their search: a little
+larger errors, equal times.
 """
 
 from __future__ import annotations
@@ -16,15 +16,31 @@ from torch import Tensor, nn
 from image_worker.model.formats.coded import CodedLinear
 from image_worker.model.formats.gguf import GgufWeight
 
-KINDS = ("Q8_0", "Q4_K")
+TYPES = ("Q8_0", "Q6_K", "Q4_K")
+KINDS = ("Q8_0", "Q4_K", "Q4_K_M")  # of files
 _LARGEST = 63  # of a scale in 6 bits
+_MORE_BITS = ("to_v", "add_v_proj", "mlp.net.2")  # what Q4_K_M has half of in Q6_K
+
+
+def type_of(kind: str, path: str, blocks: int = 60) -> str:
+    """Of the layer `path` in a file of that kind, of a model of so many blocks.
+
+    Q4_K_M by llama.cpp's rule: values and the MLPs' second layers have more bits in the first and
+    the last eighth of the blocks, and in every third between.
+    """
+    if kind != "Q4_K_M":
+        return kind
+    number = int(path.split(".")[1])
+    outside = number < blocks // 8 or number >= 7 * blocks // 8
+    chosen = outside or (number - blocks // 8) % 3 == 2
+    return "Q6_K" if chosen and path.endswith(_MORE_BITS) else "Q4_K"
 
 
 def encode(weight: Tensor, kind: str) -> CodedLinear:
-    """A layer of ours that holds `weight` (out, in), without a bias."""
+    """A layer of ours that holds `weight` (out, in) in one of `TYPES`, without a bias."""
     values, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     blocks = weight.float().view(-1, values)
-    coded = _q8_0(blocks) if kind == "Q8_0" else _q4_k(blocks)
+    coded = {"Q8_0": _q8_0, "Q6_K": _q6_k, "Q4_K": _q4_k}[kind](blocks)
     return CodedLinear(GgufWeight(coded.view(len(weight), -1), kind, (values, size)))
 
 
@@ -45,6 +61,21 @@ def _q8_0(blocks: Tensor) -> Tensor:
     scale = (blocks.abs().amax(1, keepdim=True) / 127).half()
     codes = (blocks / scale.float().clamp(min=1e-8)).round().clamp(-127, 127).to(torch.int8)
     return torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], dim=1)
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    """(N, 256) to (N, 210) uint8: codes' lower and upper bits, scales in 8 bits, their scale."""
+    parts = blocks.view(len(blocks), 16, 16)
+    step = parts.abs().amax(2) / 31
+    scale = (step.amax(1, keepdim=True) / 127).half()
+    scales = _nearest(step, scale, 127)
+    codes = (parts / (scale.float() * scales).clamp(min=1e-8)[:, :, None]).round().clamp(-32, 31)
+    values = (codes + 32).to(torch.uint8).view(len(blocks), 2, 4, 32)
+    low = values[:, :, :2] & 15 | (values[:, :, 2:] & 15) << 4
+    high = values[:, :, 0] >> 4
+    for number in (1, 2, 3):
+        high = high | values[:, :, number] >> 4 << 2 * number
+    return torch.cat([low.flatten(1), high.flatten(1), scales, scale.view(torch.uint8)], dim=1)
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
