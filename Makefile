@@ -8,7 +8,7 @@ CODE := src tests tools handler.py
 # schemathesis among them: seconds in every process. Of these it rewrites one module each.
 PLUGINS := --disable-plugin-autoload -p pytest_timeout -p xdist.plugin -p _hypothesis_pytestplugin -p schemathesis.pytest.plugin
 
-.PHONY: run test check format test-gpu bench bench-forward bench-job bench-cold-start bench-memory bench-streaming bench-quality bench-load bench-loop-lag bench-throughput miniature image clean
+.PHONY: run test check format test-gpu bench bench-forward bench-formats bench-job bench-cold-start bench-memory bench-streaming bench-quality bench-load bench-loop-lag bench-throughput miniature image clean
 
 run: $(VENV)/run.stamp  ## set up, and edit one picture (on the miniature where there is no GPU)
 	$(BIN)/python handler.py --test_input "$$(cat test_input.json)"
@@ -34,7 +34,12 @@ bench: bench-forward bench-job  ## stock diffusers and ours in turns, at full si
 
 bench-forward: $(VENV)/dev.stamp  ## one forward of the transformer, by precision, size and references
 	$(BIN)/python -m image_worker.bench.forward --json bench-forward.json
-	$(BIN)/python -m image_worker.bench.forward --outliers --cases 0 --precisions bf16 fp8 8bit 4bit --json bench-outliers.json
+	$(BIN)/python -m image_worker.bench.forward --outliers inputs --cases 0 --precisions bf16 fp8 8bit 4bit --json bench-outliers.json
+
+bench-formats: $(VENV)/dev.stamp  ## the same for files' formats and SVDQuant, all in turns, with outliers
+	$(BIN)/python -m image_worker.bench.forward --together --outliers inputs --cases 0 --precisions 4bit svdq svdq-ranges svdq-r128 Q4_K_M
+	$(BIN)/python -m image_worker.bench.forward --together --outliers weights --cases 0 --precisions 4bit svdq svdq-r128 Q4_K_M
+	$(BIN)/python -m image_worker.bench.forward --together --cases 0 --precisions Q8_0 fp8 fp8-file bf16 --lora 64
 
 bench-job: $(VENV)/dev.stamp  ## a whole job, JSON in to PNG out, by stage
 	$(BIN)/python -m image_worker.bench.whole_job bench-checkpoint --precisions 4bit fp8 --json bench-job.json

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from image_worker.bench.forward import ours, relative, stock
 from image_worker.bench.random_model import quantise, random_model, random_row
 from image_worker.bench.stock_nf4 import use_bitsandbytes
+from image_worker.bench.ways import ours, relative, stock
 from image_worker.compute import Compute, possible
 from image_worker.model.transformer import Row, velocities
 from image_worker.settings import Precision

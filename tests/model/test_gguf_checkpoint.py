@@ -15,7 +15,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor, nn
 
-from image_worker.bench.forward import relative
+from image_worker.bench.ways import relative
 from image_worker.compute import Compute
 from image_worker.errors import ModelMismatch
 from image_worker.model.checkpoint import Checkpoint

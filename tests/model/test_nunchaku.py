@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from image_worker.bench.forward import relative
+from image_worker.bench.ways import relative
 from image_worker.compute import Compute
 from image_worker.model.configs import TransformerConfig
 from image_worker.model.formats import fragments

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from image_worker.bench.forward import relative
+from image_worker.bench.ways import relative
 from image_worker.compute import Compute
 from image_worker.kernels import fused
 from image_worker.model import transformer as module

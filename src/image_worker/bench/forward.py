@@ -2,36 +2,31 @@
 
 The true architecture with random weights. All ways take turns, a few forwards each, as a job has
 them: those of one kind of weights, or of all (`--together`). "rel." is the distance of an output
-from the stock module's, with the same weights in float32, relative to its length; "weights" is what
-they take on the card, "working" what a forward takes beside them, both in GiB. With 140 GB
-everything is measured; a smaller card leaves out, and says so, first the ways that are not ours by
-default, then the stock module, then whole kinds.
+from the stock module's, with the same weights in float32 and without a LoRA, relative to its
+length; "weights" is what they take on the card, "working" what a forward takes beside them, in GiB.
+With 140 GB everything is measured; a smaller card leaves out, and says so, first the ways that are
+not ours by default, then the stock module, then whole kinds.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import gc
 import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from image_worker.bench import ggml
 from image_worker.bench.random_model import CARD, KINDS, random_model, random_row
-from image_worker.bench.stock_nf4 import use_bitsandbytes
-from image_worker.compute import Compute, automatic, possible
-from image_worker.model.attention import Int8
-from image_worker.model.transformer import ROUND_TO, Row, Transformer, velocities
+from image_worker.bench.ways import EXTENTS, Extent, Way, relative, stock, ways_of
+from image_worker.model.transformer import Row
 from image_worker.settings import Precision
 
 ROUNDS = 9
@@ -40,31 +35,11 @@ CASES = ((1024, 1), (1024, 2), (512, 1), (1024, 0), (512, 0))  # side of the res
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8", "4bit")
 GIB = 2**30
 FLOAT32_GIB, BF16_GIB = 90, 44  # that a forward of the stock module takes
-# Of kinds that are no PRECISION_MODE: by which it is chosen what they are multiplied in.
-LIKE = dict.fromkeys(ggml.KINDS, "4bit") | {
-    "svdq-r128": "svdq",
-    "svdq-ranges": "svdq",
-    "fp8-file": "fp8",
-}
-NOT_STOCK = ("fp8", "fp8-file", "svdq", "svdq-r128", "svdq-ranges")  # diffusers has no such layers
-Way = tuple[Compute, bool]  # what ours multiplies in, and whether it attends in int8
 Result = tuple[str | int, ...]  # a line of the table
-Extent = Literal["all ways", "stock and ours", "ours alone"]
-EXTENTS: tuple[Extent, ...] = ("all ways", "stock and ours", "ours alone")
 _COLUMNS = (
     *("result", "references", "batch", "kind", "how"),
     *("weights", "working", "rel.", "ms", "± ms"),
 )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One way to make a forward. weights: bytes on the card."""
-
-    kind: str
-    how: str
-    run: Callable[[Sequence[Row]], Sequence[Tensor] | Tensor]
-    weights: int
 
 
 def main() -> None:
@@ -75,6 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of cases, from 0")
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=KINDS)
+    parser.add_argument("--lora", type=int, metavar="RANK", help="ours also with a LoRA beside it")
     parser.add_argument("--together", action="store_true", help="all of these take turns")
     parser.add_argument("--batch", type=int, default=1, help="rows of each forward")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -114,39 +90,6 @@ def _exact(rows: dict[Any, Row], options: argparse.Namespace) -> dict[Any, Tenso
     return {case: stock(model, [row], dtype)[0] for case, row in rows.items()}
 
 
-@torch.inference_mode()
-def stock(model: Any, rows: Sequence[Row], dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Velocities by diffusers' module, (rows, tokens, channels), of rows that are all alike."""
-    row, batch = rows[0], len(rows)
-    _, height, width = row.shapes[0]
-    timestep = torch.tensor([1000 * row.timestep] * batch, device=CARD).to(torch.bfloat16) / 1000
-    output = model(
-        hidden_states=torch.stack([row.image.to(dtype) for row in rows]),
-        encoder_hidden_states=torch.stack([row.text.to(dtype) for row in rows]),
-        timestep=timestep.to(dtype),
-        img_shapes=[list(row.shapes)] * batch,
-        return_dict=False,
-    )[0]
-    return output[:, : height * width]  # type: ignore[no-any-return]
-
-
-def ours(model: Any, compute: Compute = "bf16", int8_attention: bool = False) -> Transformer:
-    """What serves, of the weights of `model`, which keeps them; those of modulation are shared."""
-    layers = [
-        layer for block in model.transformer_blocks for layer in (block.img_mod, block.txt_mod)
-    ]
-    taken_apart = copy.deepcopy(model, memo={id(layer): layer for layer in layers})
-    return _transformer(taken_apart, (compute, int8_attention))
-
-
-def _transformer(model: Any, way: Way) -> Transformer:
-    compute, int8_attention = way
-    attention = Int8(CARD) if int8_attention else None
-    round_to = ROUND_TO[compute]
-    made = Transformer(model, CARD, torch.bfloat16, round_to=round_to, attention=attention)
-    return made.eval()
-
-
 def _as_much_as_fits(
     kinds: Sequence[str],
     rows: dict[tuple[int, int], Row],
@@ -172,7 +115,7 @@ def _compare(
     exact: dict[tuple[int, int], Tensor],
     options: argparse.Namespace,
 ) -> list[Result]:
-    ways: list[Measured] = []
+    ways: list[Way] = []
     shared = None
     for kind in kinds:
         ranges = _ranges(rows, options) if kind == "svdq-ranges" else None
@@ -184,7 +127,7 @@ def _compare(
             ranges=ranges,
         )
         shared = shared or model
-        ways += _ways_of(kind, model, extent)
+        ways += ways_of(kind, model, extent, options.lora)
     found = []
     for case, row in rows.items():
         title = f"{', '.join(kinds)}, {case[0]}², {case[1]} references"
@@ -194,52 +137,13 @@ def _compare(
     return found
 
 
-def _ways_of(kind: str, model: Any, extent: Extent) -> list[Measured]:
-    """The stock module's way first, where diffusers has such layers."""
-    weights = on_card(model)
-    chosen = _ways(kind, torch.cuda.get_device_capability())
-    if extent == "ours alone":
-        served = {chosen[0]: _transformer(model, chosen[0])}
-    else:
-        chosen = chosen if extent == "all ways" else chosen[:1]
-        served = {way: ours(model, *way) for way in chosen}
-    found = []
-    if kind not in NOT_STOCK and extent != "ours alone":
-        use_bitsandbytes(model.transformer_blocks, torch.bfloat16)
-        ggml.use_diffusers(model.transformer_blocks, torch.bfloat16)
-        found.append(Measured(kind, "stock", functools.partial(stock, model), weights))
-    for (compute, int8), transformer in served.items():
-        how = f"ours, {compute} products, {'int8' if int8 else 'bf16'} attention"
-        run = functools.partial(velocities, transformer)
-        found.append(Measured(kind, how, run, on_card(transformer)))
-    return found
-
-
-def on_card(module: Any) -> int:
-    """Bytes of a module's tensors on the card."""
-    tensors = (*module.parameters(), *module.buffers())
-    storages = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.is_cuda}
-    return sum(storages.values())
-
-
 def _ranges(rows: dict[Any, Row], options: argparse.Namespace) -> dict[str, Tensor]:
     """The largest absolute values of inputs, by layer and channel, of jobs like those measured."""
     raise NotImplementedError
 
 
-def _ways(kind: str, capability: tuple[int, int]) -> list[Way]:
-    """What ours multiplies in, and whether it attends in int8; first what it does by default."""
-    like = cast("Precision", LIKE.get(kind, kind))
-    hopper = capability == (9, 0)
-    compute = automatic(like, capability, bf16=True)
-    ways: list[Way] = [(compute, True), (compute, False)] if hopper else [(compute, False)]
-    if compute != "int8" and "int8" in possible(like, capability, bf16=True):
-        ways.append(("int8", hopper))
-    return ways
-
-
 def _measure(
-    ways: Sequence[Measured],
+    ways: Sequence[Way],
     rows: Sequence[Row],
     exact: Tensor | None,
     options: argparse.Namespace,
@@ -262,12 +166,6 @@ def _measure(
         (*cells, *(f"{number:.1f}" for number in median(taken)))
         for cells, taken in zip(first, times, strict=True)
     ]
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    """The length of the difference over that of what is expected."""
-    found, expected = found.float(), expected.float()
-    return float((found - expected).norm() / expected.norm())
 
 
 def median(times: Sequence[float]) -> tuple[float, float]:

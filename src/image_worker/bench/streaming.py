@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from image_worker.bench.forward import GIB, ours, stock, timed
+from image_worker.bench.forward import GIB, timed
 from image_worker.bench.random_model import CARD, random_model, random_row
+from image_worker.bench.ways import ours, stock
 from image_worker.compute import automatic
 from image_worker.model.formats import FORMATS
 from image_worker.model.packed import Layout, slots
