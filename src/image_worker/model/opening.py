@@ -73,7 +73,7 @@ def open_checkpoint(path: Path, expected: TransformerConfig) -> Checkpoint | Pla
 
 
 def first_bytes(path: Path) -> bytes:
-    """By which files are told apart: four.
+    """Four, by which files are told apart.
 
     Raises:
         ModelMismatch: they are an archive's.
@@ -81,16 +81,18 @@ def first_bytes(path: Path) -> bytes:
     """
     try:
         with path.open("rb") as stream:
-            start = stream.read(4)
+            start = stream.read(9)
     except OSError as error:
         raise ModelUnavailable(f"the checkpoint {path.name} cannot be read: {error}") from error
+    if start[8:] == b"{":  # a header's length before it, whose first byte may be a pickle's, too
+        return start[:4]
     for magic, what in _ARCHIVES.items():
         if start.startswith(magic):
             raise ModelMismatch(
                 f"the checkpoint {path.name} is {what}, which could run code when it is read; "
-                "expected a safetensors or GGUF file"
+                "expected a safetensors file, or for a transformer a GGUF file"
             )
-    return start
+    return start[:4]
 
 
 def _of_tensors(file: TensorFile, expected: TransformerConfig) -> Checkpoint | Plain:

@@ -89,7 +89,7 @@ class ScaledFp8:
         return weight, self._widened(f"{path}.bias", device).float()
 
     def other(self, name: str) -> Tensor:
-        """As of `Checkpoint`; in float32, where the file has it in FP8."""
+        """As of `Checkpoint`."""
         return self._widened(name, torch.device("cpu"))
 
     def stored_bytes(self, path: str) -> int:
