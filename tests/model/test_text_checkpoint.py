@@ -31,6 +31,7 @@ from image_worker.model.text_checkpoint import open_text_encoder
 from image_worker.settings import Precision, Settings
 from tests import upstream
 from tests.conftest import MINI, MINI_FOLDER, build_mini, mini_model
+from tests.model.cached_model import COMMIT, REPO
 from tests.model.test_opening import archive, steps
 from tests.model.test_scaled_fp8 import note
 from tests.model.test_stream import edit, passing
@@ -241,11 +242,11 @@ def test_it_edits_is_prepared_and_streamed(
 def test_the_models_own_weights_are_needed_without_it(
     without_weights: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / f"models--{MINI_ON_HUB[0]}" / "snapshots" / MINI_ON_HUB[1]
+    folder = tmp_path / f"models--{REPO.replace('/', '--')}" / "snapshots" / COMMIT
     shutil.copytree(without_weights, folder)
     given = {
-        "model_id": MINI_ON_HUB[0].replace("--", "/"),
-        "model_revision": MINI_ON_HUB[1],
+        "model_id": REPO,
+        "model_revision": COMMIT,
         "model_dir": str(tmp_path),
         "local_only": "1",
     }
@@ -257,9 +258,6 @@ def test_the_models_own_weights_are_needed_without_it(
     assert files.find_model(MINI, with_it) == folder
     with pytest.raises(ModelUnavailable, match="text_encoder/ of the model is incomplete"):
         files.find_model(MINI, without)
-
-
-MINI_ON_HUB = "someone--mini", "0123456789abcdef0123456789abcdef01234567"
 
 
 def changed(**change: Tensor | None) -> Tensors:
@@ -379,20 +377,18 @@ def test_what_is_cut_off_is_refused(tmp_path: Path) -> None:
         open_text_encoder(path, FOLDER)
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"quantize_components": "text"}, "QUANTIZE_COMPONENTS=text has no meaning with a text"),
-        ({"checkpoint": "transformer"}, "PRECISION_MODE=4bit has no meaning where CHECKPOINT and"),
-    ],
-)
-def test_settings_that_nothing_is_left_for_are_refused(
-    variables: dict[str, str], message: str, tmp_path: Path
-) -> None:
-    given = {"precision_mode": "4bit", "text_encoder_checkpoint": str(saved(quantised(), tmp_path))}
-    if "checkpoint" in variables:
-        source = load_file(*(MINI_FOLDER / "transformer").glob("*.safetensors"))
-        half = {name: t.to(FP8) if t.ndim == 2 else t for name, t in source.items()}
-        variables = {"use_lightning_lora": "0", "checkpoint": str(saved(half, tmp_path, "t.bin"))}
-    with pytest.raises(InvalidSettings, match=message):
-        build_mini(**given, **variables)
+def test_settings_that_nothing_is_left_for_are_refused(tmp_path: Path) -> None:
+    given = {"text_encoder_checkpoint": str(saved(quantised(), tmp_path)), "precision_mode": "4bit"}
+    with pytest.raises(InvalidSettings, match="QUANTIZE_COMPONENTS=text has no meaning with a"):
+        build_mini(quantize_components="text", **given)
+    source = load_file(*(MINI_FOLDER / "transformer").glob("*.safetensors"))
+    half = {name: tensor.to(FP8) for name, tensor in source.items()}
+    both = {
+        "checkpoint": str(saved(half, tmp_path, "other.bin")),
+        "use_lightning_lora": "0",
+    } | given
+    with pytest.raises(
+        InvalidSettings, match="PRECISION_MODE=4bit has no meaning where CHECKPOINT"
+    ):
+        build_mini(**both)
+    assert build_mini(**both | {"precision_mode": "auto"}).weights == "FP8 without scales"
