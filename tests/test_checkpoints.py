@@ -16,6 +16,9 @@ FP8 = (
     "lightx2v/Qwen-Image-Edit-2511-Lightning:"
     "qwen_image_edit_2511_fp8_e4m3fn_scaled_lightning.safetensors"
 )
+TEXT = (
+    "Comfy-Org/Qwen-Image_ComfyUI:split_files/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors"
+)
 GGUF = "QuantStack/Qwen-Image-Edit-2509-GGUF:Qwen-Image-Edit-2509-Q4_K_M.gguf"
 
 
@@ -64,3 +67,25 @@ def test_what_is_known_decides_the_model_and_its_steps() -> None:
 def test_another_model_than_the_files_is_refused() -> None:
     with pytest.raises(InvalidSettings, match="belongs to edit-2511; set MODEL=edit-2511"):
         model_of(settings(checkpoint=FP8, model="edit-2509"))
+
+
+def test_a_text_encoder_is_of_all_full_size_models() -> None:
+    for model in ("auto", "edit-2509", "edit-2511", "image"):
+        assert model_of(settings(text_encoder_checkpoint=TEXT, model=model)) == model
+    assert model_of(settings(text_encoder_checkpoint=TEXT, checkpoint=FP8)) == "edit-2511"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"text_encoder_checkpoint": TEXT, "model": "mini"}, "belongs to the full-size models"),
+        ({"text_encoder_checkpoint": FP8}, "is a transformer; name it in CHECKPOINT"),
+        ({"checkpoint": TEXT}, "is a text encoder; name it in TEXT_ENCODER_CHECKPOINT"),
+        ({"text_encoder_checkpoint": "x.bin"}, "TEXT_ENCODER_CHECKPOINT='x.bin' is no file of"),
+    ],
+)
+def test_a_wrong_text_encoder_is_refused_before_any_download(
+    variables: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InvalidSettings, match=message):
+        model_of(settings(**variables))

@@ -1,4 +1,5 @@
 """Published files that hold a transformer: where they are, whose they are, how they are sampled.
+And those that hold a text encoder, which all full-size models share.
 
 To add one, add a line. Files that are not listed are served, too: what they are is found in them.
 """
@@ -61,10 +62,14 @@ def _published() -> Iterator[Published]:
 
 
 PUBLISHED = {(known.repo, known.path): known for known in _published()}
+TEXT_ENCODERS = {
+    ("Comfy-Org/Qwen-Image_ComfyUI", f"split_files/text_encoders/{name}.safetensors")
+    for name in ("qwen_2.5_vl_7b_fp8_scaled", "qwen_2.5_vl_7b")
+}
 
 
-def parse(text: str) -> Path | HubFile | str:
-    """What `CHECKPOINT` names: a file of this machine, one of the hub, or an https URL.
+def parse(text: str, variable: str = "CHECKPOINT") -> Path | HubFile | str:
+    """What a variable names: a file of this machine, one of the hub, or an https URL.
 
     Raises:
         InvalidSettings: none of these.
@@ -78,7 +83,7 @@ def parse(text: str) -> Path | HubFile | str:
     if on_hub and not path.is_absolute():
         return HubFile(on_hub["repo"], on_hub["path"], on_hub["revision"] or "main")
     raise InvalidSettings(
-        f"CHECKPOINT={text!r} is no file of this machine, no https URL, and no file of the hub "
+        f"{variable}={text!r} is no file of this machine, no https URL, and no file of the hub "
         "(owner/name:path or owner/name:path@revision)"
     )
 
@@ -88,13 +93,25 @@ def published(source: Path | HubFile | str) -> Published | None:
     return PUBLISHED.get((source.repo, source.path)) if isinstance(source, HubFile) else None
 
 
+def is_text_encoder(source: Path | HubFile | str) -> bool:
+    """Whether it is a published one."""
+    return isinstance(source, HubFile) and (source.repo, source.path) in TEXT_ENCODERS
+
+
 def model_of(settings: Settings) -> str:
     """`MODEL`; if that is auto, the model that a published `CHECKPOINT` belongs to.
 
     Raises:
-        InvalidSettings: it belongs to another one.
+        InvalidSettings: it, or a published text encoder, belongs to another one.
     """
-    known = published(parse(settings.checkpoint)) if settings.checkpoint else None
+    _check_text_encoder(settings)
+    source = parse(settings.checkpoint) if settings.checkpoint else None
+    if source is not None and is_text_encoder(source):
+        raise InvalidSettings(
+            f"CHECKPOINT={settings.checkpoint} is a text encoder; name it in "
+            "TEXT_ENCODER_CHECKPOINT instead"
+        )
+    known = published(source) if source is not None else None
     if known is None:
         return settings.model
     if settings.model not in ("auto", known.model):
@@ -103,6 +120,23 @@ def model_of(settings: Settings) -> str:
             f"{known.model}; set MODEL={known.model}"
         )
     return known.model
+
+
+def _check_text_encoder(settings: Settings) -> None:
+    """That `TEXT_ENCODER_CHECKPOINT`, if it is set, names what may be one: before downloads."""
+    text = settings.text_encoder_checkpoint
+    if text is None:
+        return
+    source = parse(text, "TEXT_ENCODER_CHECKPOINT")
+    if published(source):
+        raise InvalidSettings(
+            f"TEXT_ENCODER_CHECKPOINT={text} is a transformer; name it in CHECKPOINT instead"
+        )
+    if settings.model == "mini" and is_text_encoder(source):
+        raise InvalidSettings(
+            f"MODEL=mini, and TEXT_ENCODER_CHECKPOINT={text} belongs to the full-size models; "
+            "drop one"
+        )
 
 
 def lightning_of(settings: Settings) -> int:

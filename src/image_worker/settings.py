@@ -65,6 +65,11 @@ class Settings(BaseSettings):
             "auto knows published files",
         )
     )
+    text_encoder_checkpoint: str | None = Field(
+        None,
+        description="a file with another text encoder, in FP8 or 16 bits: a path, an https URL, or "
+        "owner/name:file@revision on the hub",
+    )
     keep_prepared: Literal["auto", "1", "0", "whole"] = Field(
         "auto",
         description="write weights as they are served to MODEL_DIR/prepared, from where the next "
@@ -215,6 +220,11 @@ class Settings(BaseSettings):
             raise InvalidSettings(
                 "KEEP_PREPARED=whole has no meaning with CHECKPOINT, of which each start reads the "
                 "layers that it would keep; set it to 1"
+            )
+        if self.text_encoder_checkpoint is not None and self.keep_prepared == "whole":
+            raise InvalidSettings(
+                "KEEP_PREPARED=whole has no meaning with TEXT_ENCODER_CHECKPOINT, whose file must "
+                "be there at each start; set it to 1"
             )
         self._refuse_half_a_bucket()
         if self.quantize_components == "text" and self.precision_mode == "bf16":

@@ -89,7 +89,7 @@ def test_trouble_passes(serve: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_refusal_is_said_at_once(status: int, serve: Any, tmp_path: Path) -> None:
     asked = serve(lambda _: httpx2.Response(status))
-    with pytest.raises(ModelUnavailable, match=f"model.gguf .* HTTP {status}; check CHECKPOINT"):
+    with pytest.raises(ModelUnavailable, match=f"model.gguf .* HTTP {status}; check its address"):
         from_url.find_checkpoint(settings(tmp_path))
     assert len(asked) == 1
 

@@ -157,6 +157,16 @@ def test_what_is_no_checkpoint_is_refused(content: bytes, message: str, tmp_path
         open_checkpoint(path, CONFIG)
 
 
+def test_no_headers_length_is_taken_for_a_pickle(base: Any, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for padding in range(0, 256, 8):
+        save_file(base, path, {"padding": "x" * padding})
+        if path.read_bytes()[:1] == b"\x80":
+            assert isinstance(open_checkpoint(path, CONFIG), Plain)
+            return
+    pytest.fail("no header of such a length")
+
+
 def test_types_that_are_not_known_are_named(base: Any, tmp_path: Path) -> None:
     tensors = base | {"proj_out.weight": base["proj_out.weight"].to(torch.int8)}
     with pytest.raises(ModelMismatch, match="tensors in int8, in no format that is known"):

@@ -17,8 +17,8 @@ from image_worker.model.components import TRANSFORMER
 from image_worker.model.configs import TransformerConfig
 from image_worker.model.files import read_json
 from image_worker.model.formats.fp8 import Fp8Linear
-from image_worker.model.formats.scaled_fp8 import ZERO_COND_T, ScaledFp8
-from image_worker.model.tensor_file import TensorFile
+from image_worker.model.formats.scaled_fp8 import ScaledFp8
+from image_worker.model.opening import ZERO_COND_T, open_checkpoint
 from tests.conftest import MINI_FOLDER, read_mini
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -55,7 +55,9 @@ def quantised(
 def checkpoint(tensors: dict[str, Tensor], folder: Path, prefix: str = "") -> ScaledFp8:
     path = folder / "file.safetensors"
     save_file({prefix + name: tensor for name, tensor in tensors.items()}, path)
-    return ScaledFp8(TensorFile.open(path), CONFIG)
+    found = open_checkpoint(path, CONFIG)
+    assert isinstance(found, ScaledFp8)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -144,6 +146,7 @@ BLOCK = "transformer_blocks__3__attn__to_q"
         ({f"{BLOCK}__weight": torch.zeros(128, 128, dtype=torch.int8)}, "is in torch.int8"),
         ({f"{BLOCK}__weight": torch.zeros(128, 128).to(torch.float8_e5m2)}, "float8_e5m2"),
         ({f"{BLOCK}__scale_weight": torch.ones(5)}, "has 5 scales"),
+        ({f"{BLOCK}__weight_scale": torch.ones(1)}, f"{LAYER} has scales under two names"),
         ({f"{BLOCK}__lora_down": torch.ones(5)}, "lora_down is not known"),
         ({f"{BLOCK}__comfy_quant": note("nvfp4")}, "comfy_quant is not known"),
         ({"proj_out__weight_scale": torch.ones(1)}, "proj_out.weight_scale is not known"),
@@ -162,7 +165,7 @@ def test_the_mark_of_zero_cond_t_fits_its_model(tmp_path: Path) -> None:
     tensors = quantised(weights()) | {ZERO_COND_T: torch.zeros(1)}
     save_file(tensors, tmp_path / "file.safetensors")
     config = dataclasses.replace(CONFIG, zero_cond_t=True)
-    assert ScaledFp8(TensorFile.open(tmp_path / "file.safetensors"), config).config.zero_cond_t
+    assert open_checkpoint(tmp_path / "file.safetensors", config).label.startswith("FP8")
 
 
 def test_a_layers_own_note_of_its_format_is_read(tmp_path: Path) -> None:

@@ -34,27 +34,28 @@ def test_only_a_cache_is_taken_for_one(tmp_path: Path) -> None:
 def test_of_a_cache_the_commit_says_which_model_it_is(tmp_path: Path) -> None:
     for cache in ("one", "other"):
         folder = tmp_path / cache / "models--a--b" / "snapshots" / COMMIT
-        assert sources.facts_of_model(folder, None) == [["a--b", COMMIT]]
+        assert sources.facts_of_model(folder, {}) == [["a--b", COMMIT]]
 
 
 def test_of_another_folder_the_files_do(tmp_path: Path) -> None:
     shutil.copytree(MINI_FOLDER, tmp_path, dirs_exist_ok=True)
-    found = sources.facts_of_model(tmp_path, None)
+    found = sources.facts_of_model(tmp_path, {})
     assert len(found) == 3
     shard = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     os.utime(shard)
-    assert sources.facts_of_model(tmp_path, None) != found
+    assert sources.facts_of_model(tmp_path, {}) != found
     shard.unlink()
     with pytest.raises(ModelUnavailable, match="vae"):
-        sources.facts_of_model(tmp_path, None)
+        sources.facts_of_model(tmp_path, {})
 
 
 def test_beside_a_checkpoint_the_models_own_transformer_does_not_count(tmp_path: Path) -> None:
     shutil.copytree(MINI_FOLDER, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "file.gguf"
     file.write_bytes(b"x")
-    found = sources.facts_of_model(tmp_path, file)
+    single = {"transformer": file}
+    found = sources.facts_of_model(tmp_path, single)
     shutil.rmtree(tmp_path / "transformer")
-    assert sources.facts_of_model(tmp_path, file) == found
+    assert sources.facts_of_model(tmp_path, single) == found
     file.write_bytes(b"xy")
-    assert sources.facts_of_model(tmp_path, file) != found
+    assert sources.facts_of_model(tmp_path, single) != found

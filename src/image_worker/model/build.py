@@ -138,8 +138,11 @@ def _build(
     configs = components.read_configs(found.folder)
     shape = components.shape(entry, configs)
     checkpoint = sources.open_checkpoint_of(found, settings, configs["transformer"])
+    text_encoder = sources.open_text_encoder_of(found, settings, checkpoint)
+    opened = {"text_encoder": text_encoder, "transformer": checkpoint}
+    checkpoints = {name: single for name, single in opened.items() if single is not None}
     sizes = components.sizes(
-        found.folder, settings, dtype, has_weights=found.is_complete, checkpoint=checkpoint
+        found.folder, settings, dtype, has_weights=found.is_complete, checkpoints=checkpoints
     )
     decided = plan(settings, sizes, shape, hardware)
     log.info("plan: %s on %s: %s", entry.name, hardware.name, decided.describe())
@@ -150,7 +153,7 @@ def _build(
     recipe = Recipe(
         *(settings, entry, folder, loras, device, dtype, compute, int8),
         is_complete=found.is_complete,
-        checkpoint=checkpoint,
+        checkpoints=checkpoints,
     )
     numbers.tell(dtype, compute, int8_attention=int8)
 
@@ -232,7 +235,7 @@ def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) ->
     return Model(
         entry=entry,
         plan=decided,
-        weights=_label(recipe.checkpoint, decided),
+        weights=_label(recipe.checkpoint_of(components.TRANSFORMER), decided),
         device=recipe.device,
         dtype=recipe.dtype,
         lightning_steps=lightning,

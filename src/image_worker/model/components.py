@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -175,22 +176,21 @@ def sizes(
     dtype: torch.dtype,
     *,
     has_weights: bool = True,
-    checkpoint: Checkpoint | Plain | None = None,
+    checkpoints: Mapping[str, Checkpoint | Plain] = MappingProxyType({}),
 ) -> dict[Precision, Sizes]:
     """What the model's weights would take, in bytes, at each precision.
 
     has_weights: the folder's files are there, and say it faster than their configurations;
-    checkpoint: a file that the transformer's weights are in instead.
+    checkpoints: files that components' weights are in instead, by the components' names.
     """
     shapes = {}
     for component in ALL:
-        in_files = has_weights and not (checkpoint and component is TRANSFORMER)
+        in_files = has_weights and component.name not in checkpoints
         shapes[component] = _shapes(folder, component, in_files)
 
     def stored(component: Component, precision: Precision) -> dict[str, int]:
         storage = component.storage(precision, settings, dtype)
-        own = in_own_format(checkpoint) if component is TRANSFORMER else None
-        if own:
+        if own := in_own_format(checkpoints.get(component.name)):
             return from_checkpoint.stored_bytes(shapes[component], own, storage)
         return weights.stored_bytes(shapes[component], storage)
 

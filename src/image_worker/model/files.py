@@ -33,7 +33,8 @@ def find_model(entry: ModelEntry, settings: Settings, *, weights: bool = True) -
     """The folder, in diffusers layout, that holds every file this worker reads.
 
     weights: otherwise one suffices that has all but the weights. A folder that `MODEL_ID` names
-    must have them in any case. Those of the transformer are not needed beside a `CHECKPOINT`.
+    must have them in any case. Those of the transformer are not needed beside a `CHECKPOINT`, nor
+    those of the text encoder beside a `TEXT_ENCODER_CHECKPOINT`.
 
     Raises:
         ModelUnavailable: files are missing and may not, or cannot, be downloaded.
@@ -267,7 +268,11 @@ def _caches(settings: Settings) -> Iterator[Path]:
 
 def _with_weights(settings: Settings) -> tuple[str, ...]:
     """Components whose weights are the model's own."""
-    return tuple(name for name in COMPONENTS if not (settings.checkpoint and name == "transformer"))
+    instead = {
+        "transformer": settings.checkpoint,
+        "text_encoder": settings.text_encoder_checkpoint,
+    }
+    return tuple(name for name in COMPONENTS if not instead.get(name))
 
 
 def _folders(entry: ModelEntry) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The transformer from a file in a format of its own: what `weights` does for the model's files."""
+"""A component from a file in a format of its own: what `weights` does for the model's files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load(
     device: torch.device,
     stays: Callable[[str], bool],
 ) -> None:
-    """Fills `module`, a `Skeleton` on the meta device. Layers that stay on disk are not read.
+    """Fills `module`, which is on the meta device. Layers that stay on disk are not read.
 
     storage: its dtype and `on_disk` count, since the file has formats of its own; stays: as of
     `weights.load`.

@@ -1,4 +1,4 @@
-"""The file that `CHECKPOINT` names: on this machine, on the hub, or at a URL."""
+"""The files that `CHECKPOINT` and `TEXT_ENCODER_CHECKPOINT` name: here, on the hub, or at a URL."""
 
 from __future__ import annotations
 
@@ -25,13 +25,22 @@ _TIMEOUT = 30.0  # seconds without a byte, after which the request is made again
 
 
 def find_checkpoint(settings: Settings) -> Path:
-    """Its path; what is not on this machine is downloaded.
+    """The path of `CHECKPOINT`; what is not on this machine is downloaded.
 
     Raises:
-        InvalidSettings: `CHECKPOINT` names nothing.
+        InvalidSettings: it names nothing.
         ModelUnavailable: it may not, or cannot, be downloaded.
     """
-    source = checkpoints.parse(settings.checkpoint or "")
+    return _find(checkpoints.parse(settings.checkpoint or ""), settings)
+
+
+def find_text_encoder(settings: Settings) -> Path:
+    """The same of `TEXT_ENCODER_CHECKPOINT`."""
+    text = settings.text_encoder_checkpoint or ""
+    return _find(checkpoints.parse(text, "TEXT_ENCODER_CHECKPOINT"), settings)
+
+
+def _find(source: Path | HubFile | str, settings: Settings) -> Path:
     if isinstance(source, Path):
         return source
     return (
@@ -91,4 +100,4 @@ def _refused(name: str, status: int) -> Exception:
     message = f"{name} could not be downloaded: its server answers HTTP {status}"
     if status in (408, 429) or status >= 500:
         return httpx2.ReadError(message)
-    return ModelUnavailable(f"{message}; check CHECKPOINT")
+    return ModelUnavailable(f"{message}; check its address")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ class Recipe:
 
     loras: files to merge into the transformer; compute: what it multiplies weights in few bits in;
     int8_attention: it attends in int8; is_complete: all files are there, not just the small ones;
-    checkpoint: a file that the transformer's weights are in, instead of the folder's.
+    checkpoints: files that components' weights are in instead of the folder's, by the components'
+    names.
     """
 
     settings: Settings
@@ -47,11 +48,11 @@ class Recipe:
     compute: Compute = "bf16"
     int8_attention: bool = False
     is_complete: bool = True
-    checkpoint: Checkpoint | Plain | None = None
+    checkpoints: Mapping[str, Checkpoint | Plain] = field(default_factory=dict)
 
     def checkpoint_of(self, component: Component) -> Checkpoint | Plain | None:
         """The file that this component's weights are in, if not in the folder's."""
-        return self.checkpoint if component is components.TRANSFORMER else None
+        return self.checkpoints.get(component.name)
 
 
 class Incomplete(Exception):
@@ -152,7 +153,7 @@ def _served(recipe: Recipe, source: Any, layers: Read) -> Transformer:
 
 def modulation_layers(recipe: Recipe) -> Read:
     """The layers that stay on disk."""
-    single = recipe.checkpoint
+    single = recipe.checkpoint_of(components.TRANSFORMER)
     if own := in_own_format(single):
         return functools.partial(own.full, device=recipe.device)
     assert single is None or isinstance(single, Plain)

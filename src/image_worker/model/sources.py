@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from image_worker.model import files, from_url
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import TransformerConfig
 from image_worker.model.opening import Plain, in_own_format, open_checkpoint
+from image_worker.model.text_checkpoint import open_text_encoder
 from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -34,13 +35,15 @@ class Sources:
     """A model's folder, in diffusers' layout, and the LoRA files to merge into it.
 
     is_complete: all files are there. Otherwise the folder has those that are small, and a LoRA's
-    path is where it would be. checkpoint: a file that the transformer's weights are in instead.
+    path is where it would be. checkpoint: a file that the transformer's weights are in instead;
+    text_encoder: one that the text encoder's are in.
     """
 
     folder: Path
     loras: tuple[Path, ...]
     is_complete: bool = True
     checkpoint: Path | None = None
+    text_encoder: Path | None = None
 
 
 Find = Callable[[ModelEntry, Settings, Sequence[Path]], Sources]
@@ -55,7 +58,10 @@ def find_all(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> Sou
     folder = files.find_model(entry, settings)
     loras = [files.find_adapter(lora, settings) for lora in loras_of(entry, settings)]
     checkpoint = from_url.find_checkpoint(settings) if settings.checkpoint else None
-    return Sources(folder, (*loras, *more), checkpoint=checkpoint)
+    text_encoder = (
+        from_url.find_text_encoder(settings) if settings.text_encoder_checkpoint else None
+    )
+    return Sources(folder, (*loras, *more), checkpoint=checkpoint, text_encoder=text_encoder)
 
 
 def find_least(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> Sources:
@@ -125,21 +131,51 @@ def open_checkpoint_of(
     return opened
 
 
-def facts_of_model(folder: Path, checkpoint: Path | None) -> list[list[Any]]:
+def open_text_encoder_of(
+    found: Sources, settings: Settings, transformer: Checkpoint | Plain | None
+) -> Checkpoint | Plain | None:
+    """The file that the text encoder's weights are in, if they are not the folder's.
+
+    transformer: the file that its weights are in, if they are not the folder's.
+
+    Raises:
+        ModelMismatch: it does not fit the model, or is not understood.
+        InvalidSettings: nothing is left of which a setting says how it is stored.
+    """
+    if found.text_encoder is None:
+        return None
+    opened = open_text_encoder(found.text_encoder, found.folder / "text_encoder")
+    log.info("text encoder: %s, %s", found.text_encoder.name, opened.label)
+    own = in_own_format(opened)
+    if own and settings.quantize_components == "text":
+        raise InvalidSettings(
+            f"QUANTIZE_COMPONENTS=text has no meaning with a text encoder in {own.label}, which "
+            "serves as it is; drop it, and set PRECISION_MODE=bf16 for a transformer in bf16"
+        )
+    if own and in_own_format(transformer) and settings.precision_mode != "auto":
+        raise InvalidSettings(
+            f"PRECISION_MODE={settings.precision_mode} has no meaning where CHECKPOINT and "
+            "TEXT_ENCODER_CHECKPOINT both have formats of their own; drop it"
+        )
+    return opened
+
+
+def facts_of_model(folder: Path, checkpoints: Mapping[str, Path]) -> list[list[Any]]:
     """What tells a model's weights from others, without reading them.
 
-    Those of a Hugging Face cache need not be there. checkpoint: as of `Sources`.
+    Those of a Hugging Face cache need not be there. checkpoints: files that components' weights are
+    in instead, by the components' names.
 
     Raises:
         ModelUnavailable: those of another folder are incomplete.
     """
-    instead = [checkpoint] if checkpoint else []
+    instead = list(checkpoints.values())
     if _IN_CACHE.search(folder.as_posix()):
         return facts_of_files([folder, *instead])
     shards = [
         path
         for name in files.COMPONENTS
-        if not (checkpoint and name == "transformer")
+        if name not in checkpoints
         for path in files.weight_files(folder / name)
     ]
     return facts_of_files([*shards, *instead])

@@ -40,7 +40,8 @@ def is_wanted(settings: Settings, device: torch.device) -> bool:
 
 def may_do_without(settings: Settings, device: torch.device) -> bool:
     """Whether there are prepared weights, of whatever key, that need no checkpoint."""
-    if settings.checkpoint or not is_wanted(settings, device):
+    single = settings.checkpoint or settings.text_encoder_checkpoint
+    if single or not is_wanted(settings, device):
         return False
     return any(_home(settings).glob(f"*{_WHOLE}/{prepared.MANIFEST}"))
 
@@ -202,11 +203,12 @@ class Store:
 
     def _made_of(self) -> dict[str, Any]:
         recipe = self._recipe
-        settings, folder, single = recipe.settings, recipe.folder, recipe.checkpoint
+        settings, folder = recipe.settings, recipe.folder
+        singles = {name: single.path for name, single in recipe.checkpoints.items()}
         return {
             "model": recipe.entry.name,
             "precision": self._precision,
-            "files": sources.facts_of_model(folder, single.path if single else None),
+            "files": sources.facts_of_model(folder, singles),
             "loras": sources.facts_of_files(recipe.loras),
             "quantised": settings.quantize_components,
             "numbers": str(recipe.dtype),
