@@ -72,26 +72,31 @@ class Change:
     image: LowRank | None = None
     text: LowRank | None = None
 
-    def add_to(self, into: Tensor, x: Activation, text_tokens: int) -> Tensor:
+    def add_to(self, into: Tensor, x: Activation, text_tokens: int) -> None:
         """Into (N, out), the product of x (N, in), of which the first are prompts' tokens."""
         if self.text is not None and text_tokens:
             self.text.add_to(into[:text_tokens], x[:text_tokens])
         if self.image is not None:
             self.image.add_to(into[text_tokens:], x[text_tokens:])
-        return into
 
 
 @dataclass(frozen=True)
 class Changes:
     """What is added to the products of a block."""
 
-    qkv: Change = Change()
-    out: Change = Change()
-    up: Change = Change()
-    down: Change = Change()
+    qkv: Change
+    out: Change
+    up: Change
+    down: Change
 
 
-NO_CHANGES = Changes()
+def added(
+    product: str, changes: Sequence[Changes], into: Tensor, x: Activation, text_tokens: int
+) -> Tensor:
+    """`into`, to which all changes of the product of that name were added: as `Change.add_to`."""
+    for one in changes:
+        getattr(one, product).add_to(into, x, text_tokens)
+    return into
 
 
 class Timestep:
@@ -181,11 +186,10 @@ class Adapter:
             Timestep(key, loras) or None,
         )
 
-    def add_to(self, name: str, into: Tensor, x: Tensor) -> Tensor:
+    def add_to(self, name: str, into: Tensor, x: Tensor) -> None:
         """Into (N, out), which a layer outside of blocks made of x (N, in)."""
         if name in self.outside:
             self.outside[name].add_to(into, x)
-        return into
 
     @property
     def nbytes(self) -> int:

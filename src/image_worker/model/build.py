@@ -1,6 +1,6 @@
 """The path of a model, walked once at cold start: from settings to a model that is ready to edit.
 
-settings → Recipe → Plan → VAE → text encoder → transformer (+ Lightning, merged) → first edit
+settings → Recipe → Plan → VAE → text encoder → transformer (+ Lightning) → first edit
 
 Weights come from the checkpoint's own files, or from those that an earlier start prepared. Those
 are read while the rest is set up. Neither diffusers nor transformers is imported: that would take
@@ -102,8 +102,8 @@ def build(
 ) -> Model:
     """Walks the path. `dtype` overrides the type to compute in (tests use float32).
 
-    loras: files to merge on top of Lightning; first_edit: tries the finished model; what cannot run
-    fails here, before any job.
+    loras: files for all jobs on top of Lightning, merged if it is; first_edit: tries the finished
+    model; what cannot run fails here, before any job.
 
     Raises:
         OperatorError: files are missing or do not fit, a setting cannot be honoured, or the card
@@ -138,19 +138,27 @@ def _build(
     configs = components.read_configs(found.folder)
     shape = components.shape(entry, configs)
     checkpoint = sources.open_checkpoint_of(found, settings, configs["transformer"])
+    beside = sources.read_beside(found, checkpoint, configs["transformer"])
     sizes = components.sizes(
-        found.folder, settings, dtype, has_weights=found.is_complete, checkpoint=checkpoint
+        found.folder,
+        settings,
+        dtype,
+        has_weights=found.is_complete,
+        checkpoint=checkpoint,
+        beside=beside.card_bytes(dtype) if beside else 0,
     )
     decided = plan(settings, sizes, shape, hardware)
     log.info("plan: %s on %s: %s", entry.name, hardware.name, decided.describe())
     precision = _transformers_precision(settings, decided, checkpoint)
     compute = numbers.choose_products(settings, precision, hardware, dtype)
     int8 = numbers.attends_in_int8(settings, hardware, dtype)
-    folder, loras, device = found.folder, found.loras, hardware.device
+    folder, device = found.folder, hardware.device
+    loras = () if beside else found.loras
     recipe = Recipe(
         *(settings, entry, folder, loras, device, dtype, compute, int8),
         is_complete=found.is_complete,
         checkpoint=checkpoint,
+        beside=beside,
     )
     numbers.tell(dtype, compute, int8_attention=int8)
 

@@ -17,6 +17,7 @@ from image_worker import checkpoints
 from image_worker.catalog import HubFile, ModelEntry
 from image_worker.errors import InvalidSettings
 from image_worker.model import files, from_url
+from image_worker.model.beside import Beside
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import TransformerConfig
 from image_worker.model.opening import Plain, in_own_format, open_checkpoint
@@ -31,7 +32,7 @@ _IN_CACHE = re.compile(
 
 @dataclass(frozen=True)
 class Sources:
-    """A model's folder, in diffusers' layout, and the LoRA files to merge into it.
+    """A model's folder, in diffusers' layout, and the LoRA files that are for all jobs.
 
     is_complete: all files are there. Otherwise the folder has those that are small, and a LoRA's
     path is where it would be. checkpoint: a file that the transformer's weights are in instead.
@@ -77,7 +78,7 @@ def find_least(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> S
 
 
 def loras_of(entry: ModelEntry, settings: Settings) -> list[HubFile]:
-    """The LoRAs that are merged: Lightning's, unless it is not wanted.
+    """The LoRAs of all jobs: Lightning's, unless it is not wanted, or is in `CHECKPOINT`.
 
     Raises:
         InvalidSettings: the model has none for that number of steps.
@@ -102,27 +103,50 @@ def open_checkpoint_of(
 
     Raises:
         ModelMismatch: it does not fit the model, or is not understood.
-        InvalidSettings: it is not known whether Lightning is in it, or its weights cannot take it.
+        InvalidSettings: it is not known whether Lightning is in it.
     """
     if found.checkpoint is None:
         return None
     expected = TransformerConfig.parse(config)
     opened = open_checkpoint(found.checkpoint, expected)
     log.info("transformer: %s, %s", found.checkpoint.name, opened.label)
-    own = in_own_format(opened)
-    told = own.lightning_steps if own else None
-    if told and settings.checkpoint_lightning == "auto" and not checkpoints.lightning_of(settings):
+    if own := in_own_format(opened):
+        _check_lightning(own, settings)
+    return opened
+
+
+def _check_lightning(own: Checkpoint, settings: Settings) -> None:
+    """What may have Lightning in it must not get it a second time."""
+    if settings.checkpoint_lightning != "auto" or checkpoints.lightning_of(settings):
+        return
+    name, told = own.path.name, own.lightning_steps
+    if told:
         raise InvalidSettings(
-            f"{found.checkpoint.name} says that Lightning for {told} steps is merged in it: set "
+            f"{name} says that Lightning for {told} steps is merged in it: set "
             f"CHECKPOINT_LIGHTNING={told}, or 0 if it is not so"
         )
-    if found.loras and own:
+    if settings.use_lightning_lora and "lightning" in name.lower():
         raise InvalidSettings(
-            f"weights in {opened.label} cannot take {found.loras[0].name}, which is to be merged; "
-            "set CHECKPOINT_LIGHTNING=4 or 8 if the file has Lightning in it, or "
-            "USE_LIGHTNING_LORA=0 to go without"
+            f"{name} is called so, and does not say whether Lightning is merged in it: set "
+            "CHECKPOINT_LIGHTNING=4 or 8 if it is, or 0 to have it added"
         )
-    return opened
+
+
+def read_beside(
+    found: Sources, opened: Checkpoint | Plain | None, config: dict[str, Any]
+) -> Beside | None:
+    """The LoRAs, if they cannot be merged, since the weights are in a format of their own.
+
+    opened, config: as of `open_checkpoint_of`.
+
+    Raises:
+        ModelMismatch: one is no LoRA, or does not fit the model.
+    """
+    if not found.loras or not in_own_format(opened):
+        return None
+    for path in found.loras:
+        log.info("%s is added beside the weights, for every job", path.name)
+    return Beside.read(found.loras, TransformerConfig.parse(config))
 
 
 def facts_of_model(folder: Path, checkpoint: Path | None) -> list[list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ class Store:
         made = modulation.tables()
         if made:
             held = {repr(level): _Held(table) for level, table in made.items()}
-            found[_TABLES] = [Slot(name, owner, "table") for name, owner in held.items()]
+            found[self._tables_file] = [Slot(name, owner, "table") for name, owner in held.items()]
         units = {name: Unit.of(slots) for name, slots in found.items()}
         return units | layers.units(modulation) if self._is_for_whole else units
 
@@ -168,7 +169,7 @@ class Store:
             name
             for component in components.ALL
             for name in named
-            if name.startswith(f"{component.name}/")
+            if name.startswith(f"{component.name}/") and self._is_ours(name)
         ]
         try:
             self._reading = Reading(
@@ -196,9 +197,22 @@ class Store:
     def _tables(self) -> dict[float, torch.Tensor]:
         """Modulation's that were kept."""
         assert self._reading is not None and self._found is not None
-        if f"{_TABLES}.safetensors" not in self._found.files:
+        name = self._tables_file
+        if f"{name}.safetensors" not in self._found.files:
             return {}
-        return {float(name): table for name, table in self._reading.tensors(_TABLES).items()}
+        return {float(level): table for level, table in self._reading.tensors(name).items()}
+
+    @property
+    def _tables_file(self) -> str:
+        """Tables are of the LoRAs beside the weights, too, and nothing else in the folder is."""
+        beside = self._recipe.beside
+        if beside is None:
+            return _TABLES
+        facts = json.dumps(sources.facts_of_files(beside.paths))
+        return f"{_TABLES}-{prepared.digest(facts.encode())}"
+
+    def _is_ours(self, name: str) -> bool:
+        return not name.startswith(_TABLES) or name == self._tables_file
 
     def _made_of(self) -> dict[str, Any]:
         recipe = self._recipe
