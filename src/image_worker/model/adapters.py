@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from image_worker.errors import ModelMismatch
 from image_worker.kernels.reference import Activation, Quantised
 from image_worker.model.components import is_modulation
 from image_worker.model.configs import TransformerConfig
+from image_worker.model.formats.coded import CodedLinear
+from image_worker.model.formats.fp8 import Fp8Linear
 from image_worker.model.lora import Lora, LoraPair
 from image_worker.model.skeleton import Skeleton
 
@@ -132,12 +135,13 @@ class Timestep:
         return wide.to(weight.dtype)
 
     def merge_embedder(self, embedder: nn.Module) -> None:
-        """The same, of the layers that embed the timestep, in place."""
+        """The same, in place, of the layers that embed the timestep, whatever their format."""
         prefix = f"{_TIMESTEP}timestep_embedder."
-        for name, layer in embedder.named_modules():
-            if isinstance(layer, nn.Linear):
-                weight = self.merge(prefix + name, layer.weight.detach())
-                layer.weight = nn.Parameter(weight, requires_grad=False)
+        for name, layer in list(embedder.named_children()):
+            if prefix + name in self._pairs:
+                embedder.set_submodule(
+                    name, _linear(layer, self.merge(prefix + name, _wide(layer)))
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +201,26 @@ class Adapter:
         changes = (change for block in self.blocks for change in vars(block).values())
         parts = (part for change in changes for part in (change.image, change.text) if part)
         return sum(part.nbytes for part in (*parts, *self.outside.values()))
+
+
+def _wide(layer: Any) -> Tensor:
+    """A linear layer's weight (out, in) as numbers: float32, or as it is."""
+    if isinstance(layer, CodedLinear):
+        found = torch.empty(layer.weight.shape, device=next(layer.buffers()).device)
+        layer.weight.decode(found)
+        return found
+    if isinstance(layer, Fp8Linear):
+        return layer.weight.float() * layer.scales
+    weight: Tensor = layer.weight.detach()
+    return weight
+
+
+def _linear(layer: Any, weight: Tensor) -> nn.Linear:
+    """The same layer with another weight (out, in), which is rounded to its bias' type."""
+    found = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    found.weight = nn.Parameter(weight.to(layer.bias.dtype), requires_grad=False)
+    found.bias = layer.bias
+    return found
 
 
 def check(lora: Lora, config: TransformerConfig) -> None:
