@@ -20,6 +20,7 @@ from image_worker.errors import ModelMismatch
 from image_worker.model import build as build_module
 from image_worker.model.adapters import Adapter
 from image_worker.model.build import Model, build
+from image_worker.model.formats.gguf_checkpoint import GgufCheckpoint
 from image_worker.model.hardware import detect_hardware
 from image_worker.model.lora import Lora
 from image_worker.model.placement import Plan
@@ -27,7 +28,7 @@ from image_worker.settings import Settings
 from image_worker.worker import Worker
 from tests.conftest import MINI, MINI_FOLDER, build_mini, make_picture
 from tests.model.test_beside import CPU, LIGHTNING, gguf, of_all_layers, opened, scaled_fp8
-from tests.model.test_opening import NO_LORA, saved
+from tests.model.test_opening import NO_LORA, saved, steps
 from tests.model.test_stream import edit, passing
 from tests.pictures import psnr
 from tests.worker_jobs import job, picture
@@ -35,10 +36,11 @@ from tests.worker_jobs import job, picture
 STYLE = "miniature-outlined-style-bf16.safetensors"
 
 
-def built(loras: Any = (), **variables: Any) -> Model:
+def built(loras: Any = (), first_edit: Any = None, **variables: Any) -> Model:
     """With LoRAs for all jobs, in float32."""
     settings = Settings.from_env({name.upper(): str(value) for name, value in variables.items()})
-    return build(settings, MINI, detect_hardware(settings), dtype=torch.float32, loras=loras)
+    options = {"dtype": torch.float32, "loras": loras, "first_edit": first_edit}
+    return build(settings, MINI, detect_hardware(settings), **options)
 
 
 def image(pixels: Tensor) -> Image.Image:
@@ -71,16 +73,26 @@ def test_the_picture_is_the_merged_ones(
     assert psnr(image(edit(live)), expected) < 55, "it does something"
 
 
-def test_prepared_weights_are_the_same_with_any_lora_and_tables_are_not(tmp_path: Path) -> None:
+def test_prepared_weights_are_the_same_with_any_lora_and_tables_are_not(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     path = gguf(tmp_path)
     every = of_all_layers(opened(path), tmp_path)  # modulation's layers, too
     kept = {"keep_prepared": "1", "model_dir": tmp_path, "checkpoint": path}
     starts: list[dict[str, Any]] = [{}, NO_LORA, {"loras": [every]}]
     expected = [edit(built(checkpoint=path, **given)) for given in starts]
-    for number in (0, 1, 2, 0):
-        model = built(**kept, **starts[number])
-        assert torch.equal(edit(model), expected[number])
-    assert len(list((tmp_path / "prepared").iterdir())) == 1
+    for given, pixels in zip(starts, expected, strict=True):
+        model = built(**kept, **given, first_edit=edit)
+        assert "prepare" in steps(model), "the tables, if nothing else"
+        assert torch.equal(edit(model), pixels)
+    [folder] = (tmp_path / "prepared").iterdir()
+    assert len(list(folder.glob("transformer/modulation*"))) == 3
+    again = "tables that were kept are made again"
+    monkeypatch.setattr(GgufCheckpoint, "full", lambda *_, **__: pytest.fail(again))
+    for given, pixels in zip(starts, expected, strict=True):
+        model = built(**kept, **given, first_edit=edit)
+        assert "prepare" not in steps(model)
+        assert torch.equal(edit(model), pixels)
 
 
 def test_it_stays_where_room_is_made_and_blocks_pass(tmp_path: Path, monkeypatch: Any) -> None:

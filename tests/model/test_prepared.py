@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from image_worker.model import prepared
+from image_worker.model import lease, prepared
 from image_worker.model.packed import slots
 from image_worker.model.prepared import MANIFEST, Prepared
 from tests.conftest import MINI_FOLDER, build_mini
@@ -260,7 +260,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: Any) -> None:
 
 
 def test_a_writer_that_is_killed_harms_nobody(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(prepared, "_LEASE_SECONDS", 0.0)  # the killed one's lease is over
+    monkeypatch.setattr(lease, "SECONDS", 0.0)  # the killed one's lease is over
     expected = build_mini(torch.bfloat16)
     write = writing(tmp_path, monkeypatch)
     moments = []  # before each piece of a file, and before each folder is synced

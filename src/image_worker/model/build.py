@@ -214,7 +214,7 @@ def _start(
     if first_edit is not None:
         with cold_start.step("first edit"):
             first_edit(model)
-    if store.is_to_write:
+    if store.is_to_write(model):
         with cold_start.step("prepare"):
             store.write(model)
     cold_start.prepared = store.is_there

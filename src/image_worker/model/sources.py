@@ -1,4 +1,4 @@
-"""What a model is made from: its folder and the LoRAs that are merged, as far as they are needed.
+"""What a model is made from: its folder and the LoRAs of all jobs, as far as they are needed.
 
 Prepared weights that were written whole stand for the weights of both. What tells one model from
 another is therefore known without them, where they come from the hub: a commit says what they are.

@@ -80,10 +80,13 @@ class Store:
             self._miss(whole)
         self._begin(decided)
 
-    @property
-    def is_to_write(self) -> bool:
-        """Whether there is none, and should be one."""
-        return self._wanted and self._found is None
+    def is_to_write(self, model: Any) -> bool:
+        """Whether there is none, or not all of it, and should be: LoRAs that are not merged share a
+        folder, but each has tables of its own."""
+        if self._found is None:
+            return self._wanted
+        missing = f"{self._tables_file}.safetensors" not in self._found.files
+        return missing and bool(model.transformer.modulation.tables())
 
     @property
     def is_there(self) -> bool:
@@ -119,8 +122,12 @@ class Store:
             self._reading = None
 
     def write(self, model: Any) -> None:
-        """Writes what is loaded. Where that cannot be, the model serves all the same."""
+        """Writes what is loaded and not there. Where that cannot be, the model serves all the
+        same."""
         try:
+            if self._found is not None:
+                prepared.add(self._found.folder, *self._made_tables(model))
+                return
             with ExitStack() as at_home:
                 for blocks in blocks_of(model.text_encoder, model.transformer):
                     at_home.enter_context(blocks.at_home())
@@ -136,13 +143,18 @@ class Store:
         found: dict[str, list[Slot]] = {}
         for component in components.ALL:
             found |= component.units(getattr(model, component.name))
-        modulation = model.transformer.modulation
-        made = modulation.tables()
-        if made:
-            held = {repr(level): _Held(table) for level, table in made.items()}
-            found[self._tables_file] = [Slot(name, owner, "table") for name, owner in held.items()]
         units = {name: Unit.of(slots) for name, slots in found.items()}
+        modulation = model.transformer.modulation
+        if modulation.tables():
+            name, unit = self._made_tables(model)
+            units[name] = unit
         return units | layers.units(modulation) if self._is_for_whole else units
+
+    def _made_tables(self, model: Any) -> tuple[str, Unit]:
+        """The file of modulation's tables, and what it is to hold."""
+        made = model.transformer.modulation.tables()
+        slots = [Slot(repr(level), _Held(table), "table") for level, table in made.items()]
+        return self._tables_file, Unit.of(slots)
 
     def _find(self, folder: Path) -> Prepared | None:
         try:
