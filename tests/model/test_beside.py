@@ -31,15 +31,20 @@ from tests.conftest import MINI_FOLDER
 from tests.model import test_nunchaku
 from tests.model.test_gguf_checkpoint import mixed, source_of
 from tests.model.test_products import EXACT
-from tests.model.test_scaled_fp8 import CONFIG, quantised, weights
+from tests.model.test_scaled_fp8 import CONFIG, FP8, quantised, weights
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 LIGHTNING = MINI_FOLDER / "loras" / "miniature-lightning-8steps-V1.0-bf16.safetensors"
 
 
 def scaled_fp8(folder: Path) -> Path:
-    path = folder / "file.safetensors"
-    save_file(quantised(weights(lora=False)), path)
+    """With a layer of the timestep's embedding in FP8, too."""
+    path, tensors = folder / "file.safetensors", quantised(weights(lora=False))
+    name = "time_text_embed.timestep_embedder.linear_1"
+    weight = tensors[f"{name}.weight"].float()
+    scale = weight.abs().amax() / 448
+    tensors |= {f"{name}.weight": (weight / scale).to(FP8), f"{name}.scale_weight": scale}
+    save_file(tensors, path)
     return path
 
 

@@ -107,6 +107,7 @@ def test_lightning_that_is_merged_is_not_merged_again(tmp_path: Path) -> None:
     bf16 = torch.bfloat16  # to which the merged weights were rounded before they were quantised
     model = build_mini(bf16, checkpoint=path, checkpoint_lightning="8", precision_mode="fp8")
     assert (model.lightning_steps, model.sampler) == (8, LIGHTNING_SAMPLER)
+    assert model.transformer.beside is None
     assert torch.equal(edit(model), edit(build_mini(bf16, precision_mode="fp8")))
 
 
