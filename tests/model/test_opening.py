@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from image_worker.catalog import LIGHTNING_SAMPLER
-from image_worker.errors import InvalidSettings, ModelMismatch, ModelUnavailable
+from image_worker.errors import ModelMismatch, ModelUnavailable
 from image_worker.kernels import reference
 from image_worker.model import build as build_module
 from image_worker.model.build import Model
@@ -107,13 +107,8 @@ def test_lightning_that_is_merged_is_not_merged_again(tmp_path: Path) -> None:
     bf16 = torch.bfloat16  # to which the merged weights were rounded before they were quantised
     model = build_mini(bf16, checkpoint=path, checkpoint_lightning="8", precision_mode="fp8")
     assert (model.lightning_steps, model.sampler) == (8, LIGHTNING_SAMPLER)
+    assert model.transformer.beside is None
     assert torch.equal(edit(model), edit(build_mini(bf16, precision_mode="fp8")))
-
-
-def test_a_lora_that_cannot_be_merged_is_an_error(base: Any, tmp_path: Path) -> None:
-    path = saved(rowwise(base), tmp_path)
-    with pytest.raises(InvalidSettings, match=r"cannot take .*CHECKPOINT_LIGHTNING=4 or 8 if"):
-        build_mini(checkpoint=path)
 
 
 def test_the_models_own_transformer_is_not_needed(base: Any, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from image_worker.model import prepared
+from image_worker.model import lease, prepared
 from image_worker.model.packed import slots
 from image_worker.model.prepared import MANIFEST, Prepared
 from tests.conftest import MINI_FOLDER, build_mini
@@ -260,7 +260,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: Any) -> None:
 
 
 def test_a_writer_that_is_killed_harms_nobody(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(prepared, "_LEASE_SECONDS", 0.0)  # the killed one's lease is over
+    monkeypatch.setattr(lease, "SECONDS", 0.0)  # the killed one's lease is over
     expected = build_mini(torch.bfloat16)
     write = writing(tmp_path, monkeypatch)
     moments = []  # before each piece of a file, and before each folder is synced
@@ -333,3 +333,28 @@ def test_what_was_written_meanwhile_is_not_written_again(tmp_path: Path, monkeyp
     write()
     assert before == {path: path.stat().st_mtime_ns for path in folder_of(tmp_path).rglob("*")}
     assert [path.name[0] for path in (tmp_path / "prepared").iterdir()] == ["m"]
+
+
+def test_a_file_is_added_whole_or_not_at_all(tmp_path: Path) -> None:
+    def unit(value: float) -> prepared.Unit:
+        layer = torch.nn.Linear(3, 2).requires_grad_(False)
+        torch.nn.init.constant_(layer.weight, value)
+        return prepared.Unit.of(list(slots(layer)))
+
+    folder = tmp_path / "folder"
+    prepared.write(folder, {"one/a": unit(1)}, {})
+    before = contents(folder)
+    other = lease.Lease(tmp_path / ".folder.lease")
+    assert other.take()
+    prepared.add(folder, "one/b", unit(2))
+    assert contents(folder) == before, "another process was at it"
+    other.release()
+    prepared.add(folder, "one/b", unit(2))
+    found = Prepared.find(folder)
+    assert found and sorted(found.files) == ["one/a.safetensors", "one/b.safetensors"]
+    assert found.open("one/b.safetensors").read("weight").eq(2).all()
+    assert found.open("one/a.safetensors").read("weight").eq(1).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    with pytest.raises(OSError):
+        prepared.add(tmp_path / "missing", "one/b", unit(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

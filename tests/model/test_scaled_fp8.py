@@ -28,9 +28,9 @@ LAYER = "transformer_blocks.3.attn.to_q"
 MODULATION = "transformer_blocks.3.img_mod.1"
 
 
-def weights() -> dict[str, Tensor]:
-    """The miniature's, under diffusers' names."""
-    source = read_mini(TRANSFORMER, torch.bfloat16)
+def weights(*, lora: bool = True) -> dict[str, Tensor]:
+    """The miniature's, under diffusers' names, with Lightning merged."""
+    source = read_mini(TRANSFORMER, torch.bfloat16, lora=lora)
     return {name: tensor.detach().contiguous() for name, tensor in source.named_parameters()}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from image_worker.errors import ModelMismatch
 from image_worker.kernels.reference import Activation, Quantised
 from image_worker.model.components import is_modulation
 from image_worker.model.configs import TransformerConfig
+from image_worker.model.formats.coded import CodedLinear
+from image_worker.model.formats.fp8 import Fp8Linear
 from image_worker.model.lora import Lora, LoraPair
 from image_worker.model.skeleton import Skeleton
 
@@ -72,26 +75,31 @@ class Change:
     image: LowRank | None = None
     text: LowRank | None = None
 
-    def add_to(self, into: Tensor, x: Activation, text_tokens: int) -> Tensor:
+    def add_to(self, into: Tensor, x: Activation, text_tokens: int) -> None:
         """Into (N, out), the product of x (N, in), of which the first are prompts' tokens."""
         if self.text is not None and text_tokens:
             self.text.add_to(into[:text_tokens], x[:text_tokens])
         if self.image is not None:
             self.image.add_to(into[text_tokens:], x[text_tokens:])
-        return into
 
 
 @dataclass(frozen=True)
 class Changes:
     """What is added to the products of a block."""
 
-    qkv: Change = Change()
-    out: Change = Change()
-    up: Change = Change()
-    down: Change = Change()
+    qkv: Change
+    out: Change
+    up: Change
+    down: Change
 
 
-NO_CHANGES = Changes()
+def added(
+    product: str, changes: Sequence[Changes], into: Tensor, x: Activation, text_tokens: int
+) -> Tensor:
+    """`into`, to which all changes of the product of that name were added: as `Change.add_to`."""
+    for one in changes:
+        getattr(one, product).add_to(into, x, text_tokens)
+    return into
 
 
 class Timestep:
@@ -127,12 +135,13 @@ class Timestep:
         return wide.to(weight.dtype)
 
     def merge_embedder(self, embedder: nn.Module) -> None:
-        """The same, of the layers that embed the timestep, in place."""
+        """The same, in place, of the layers that embed the timestep, whatever their format."""
         prefix = f"{_TIMESTEP}timestep_embedder."
-        for name, layer in embedder.named_modules():
-            if isinstance(layer, nn.Linear):
-                weight = self.merge(prefix + name, layer.weight.detach())
-                layer.weight = nn.Parameter(weight, requires_grad=False)
+        for name, layer in list(embedder.named_children()):
+            if prefix + name in self._pairs:
+                embedder.set_submodule(
+                    name, _linear(layer, self.merge(prefix + name, _wide(layer)))
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,11 +190,10 @@ class Adapter:
             Timestep(key, loras) or None,
         )
 
-    def add_to(self, name: str, into: Tensor, x: Tensor) -> Tensor:
+    def add_to(self, name: str, into: Tensor, x: Tensor) -> None:
         """Into (N, out), which a layer outside of blocks made of x (N, in)."""
         if name in self.outside:
             self.outside[name].add_to(into, x)
-        return into
 
     @property
     def nbytes(self) -> int:
@@ -193,6 +201,26 @@ class Adapter:
         changes = (change for block in self.blocks for change in vars(block).values())
         parts = (part for change in changes for part in (change.image, change.text) if part)
         return sum(part.nbytes for part in (*parts, *self.outside.values()))
+
+
+def _wide(layer: Any) -> Tensor:
+    """A linear layer's weight (out, in) as numbers: float32, or as it is."""
+    if isinstance(layer, CodedLinear):
+        found = torch.empty(layer.weight.shape, device=next(layer.buffers()).device)
+        layer.weight.decode(found)
+        return found
+    if isinstance(layer, Fp8Linear):
+        return layer.weight.float() * layer.scales
+    weight: Tensor = layer.weight.detach()
+    return weight
+
+
+def _linear(layer: Any, weight: Tensor) -> nn.Linear:
+    """The same layer with another weight (out, in), which is rounded to its bias' type."""
+    found = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    found.weight = nn.Parameter(weight.to(layer.bias.dtype), requires_grad=False)
+    found.bias = layer.bias
+    return found
 
 
 def check(lora: Lora, config: TransformerConfig) -> None:

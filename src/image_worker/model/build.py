@@ -1,6 +1,6 @@
 """The path of a model, walked once at cold start: from settings to a model that is ready to edit.
 
-settings → Recipe → Plan → VAE → text encoder → transformer (+ Lightning, merged) → first edit
+settings → Recipe → Plan → VAE → text encoder → transformer (+ Lightning) → first edit
 
 Weights come from the checkpoint's own files, or from those that an earlier start prepared. Those
 are read while the rest is set up. Neither diffusers nor transformers is imported: that would take
@@ -30,6 +30,7 @@ from image_worker.model.components import Component
 from image_worker.model.hardware import Hardware
 from image_worker.model.kept import Kept
 from image_worker.model.memory import release
+from image_worker.model.opened import Opened, open_files
 from image_worker.model.opening import Plain, in_own_format
 from image_worker.model.packed import HOST, move
 from image_worker.model.placement import Plan, plan
@@ -102,8 +103,8 @@ def build(
 ) -> Model:
     """Walks the path. `dtype` overrides the type to compute in (tests use float32).
 
-    loras: files to merge on top of Lightning; first_edit: tries the finished model; what cannot run
-    fails here, before any job.
+    loras: files for all jobs on top of Lightning, merged if it is; first_edit: tries the finished
+    model; what cannot run fails here, before any job.
 
     Raises:
         OperatorError: files are missing or do not fit, a setting cannot be honoured, or the card
@@ -137,25 +138,19 @@ def _build(
     """Plans, and starts as planned."""
     configs = components.read_configs(found.folder)
     shape = components.shape(entry, configs)
-    checkpoint = sources.open_checkpoint_of(found, settings, configs["transformer"])
-    text_encoder = sources.open_text_encoder_of(found, settings, checkpoint)
-    opened = {"text_encoder": text_encoder, "transformer": checkpoint}
-    checkpoints = {name: single for name, single in opened.items() if single is not None}
+    opened = open_files(found, settings, configs)
     sizes = components.sizes(
-        found.folder, settings, dtype, has_weights=found.is_complete, checkpoints=checkpoints
+        found.folder,
+        settings,
+        dtype,
+        has_weights=found.is_complete,
+        checkpoints=opened.checkpoints,
+        beside=opened.beside.card_bytes(dtype) if opened.beside else 0,
     )
     decided = plan(settings, sizes, shape, hardware)
     log.info("plan: %s on %s: %s", entry.name, hardware.name, decided.describe())
-    precision = _transformers_precision(settings, decided, checkpoint)
-    compute = numbers.choose_products(settings, precision, hardware, dtype)
-    int8 = numbers.attends_in_int8(settings, hardware, dtype)
-    folder, loras, device = found.folder, found.loras, hardware.device
-    recipe = Recipe(
-        *(settings, entry, folder, loras, device, dtype, compute, int8),
-        is_complete=found.is_complete,
-        checkpoints=checkpoints,
-    )
-    numbers.tell(dtype, compute, int8_attention=int8)
+    recipe = _recipe(settings, entry, hardware, dtype, found, opened, decided)
+    numbers.tell(dtype, recipe.compute, int8_attention=recipe.int8_attention)
 
     def start(decided: Plan) -> Model:
         return _start(recipe, decided, cold_start, first_edit)
@@ -177,6 +172,32 @@ def _build(
             f"the card ran out of memory while starting at {decided.precision}; "
             "choose a smaller PRECISION_MODE or CPU_OFFLOAD=stream, or free the card"
         ) from error
+
+
+def _recipe(
+    settings: Settings,
+    entry: ModelEntry,
+    hardware: Hardware,
+    dtype: torch.dtype,
+    found: Sources,
+    opened: Opened,
+    decided: Plan,
+) -> Recipe:
+    transformer = opened.checkpoints.get(components.TRANSFORMER.name)
+    precision = _transformers_precision(settings, decided, transformer)
+    return Recipe(
+        settings,
+        entry,
+        found.folder,
+        () if opened.beside else found.loras,
+        hardware.device,
+        dtype,
+        numbers.choose_products(settings, precision, hardware, dtype),
+        numbers.attends_in_int8(settings, hardware, dtype),
+        is_complete=found.is_complete,
+        checkpoints=opened.checkpoints,
+        beside=opened.beside,
+    )
 
 
 def _label(checkpoint: Checkpoint | Plain | None, decided: Plan) -> str:
@@ -209,7 +230,7 @@ def _start(
     if first_edit is not None:
         with cold_start.step("first edit"):
             first_edit(model)
-    if store.is_to_write:
+    if store.is_to_write(model):
         with cold_start.step("prepare"):
             store.write(model)
     cold_start.prepared = store.is_there

@@ -177,11 +177,13 @@ def sizes(
     *,
     has_weights: bool = True,
     checkpoints: Mapping[str, Checkpoint | Plain] = MappingProxyType({}),
+    beside: int = 0,
 ) -> dict[Precision, Sizes]:
     """What the model's weights would take, in bytes, at each precision.
 
     has_weights: the folder's files are there, and say it faster than their configurations;
-    checkpoints: files that components' weights are in instead, by the components' names.
+    checkpoints: files that components' weights are in instead, by the components' names; beside:
+    bytes that are on the card with them for good.
     """
     shapes = {}
     for component in ALL:
@@ -195,7 +197,7 @@ def sizes(
         return weights.stored_bytes(shapes[component], storage)
 
     return {
-        precision: _sizes({component: stored(component, precision) for component in ALL})
+        precision: _sizes({component: stored(component, precision) for component in ALL}, beside)
         for precision in FORMATS
     }
 
@@ -207,9 +209,9 @@ def _shapes(folder: Path, component: Component, in_files: bool) -> dict[str, tor
     return weights.shapes_of(component.empty(here))
 
 
-def _sizes(stored: Mapping[Component, Mapping[str, int]]) -> Sizes:
+def _sizes(stored: Mapping[Component, Mapping[str, int]], beside: int) -> Sizes:
     """Of each component's tensors, by their names in the checkpoint's modules."""
-    rest, blocks = 0, {}
+    rest, blocks = beside, {}
     for component in (TRANSFORMER, TEXT_ENCODER, VAE):  # the blocks of the first stay first
         found: dict[str, int] = {}
         for name, size in stored[component].items():

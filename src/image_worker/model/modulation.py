@@ -35,14 +35,20 @@ class Modulation:
     """
 
     def __init__(
-        self, model: Any, device: torch.device, dtype: torch.dtype, read: Read | None = None
+        self,
+        model: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        read: Read | None = None,
+        beside: Timestep | None = None,
     ) -> None:
         """Takes the layers out of `model`, a `Skeleton` or diffusers' module.
 
-        read: reads them, where `model` has them without weights.
+        read: reads them, where `model` has them without weights; beside: what the LoRAs of all jobs
+        change of them.
         """
         self._embedder = model.time_text_embed.timestep_embedder
-        self._device, self.dtype = device, dtype
+        self._device, self.dtype, self._beside = device, dtype, beside
         blocks = model.transformer_blocks
         self._width = model.norm_out.linear.in_features
         layers = {
@@ -60,7 +66,7 @@ class Modulation:
         self._blocks = len(blocks)
 
     def tables(self) -> dict[float, Tensor]:
-        """Those without LoRAs that were used last, by timestep.
+        """Those without LoRAs of a job that were used last, by timestep.
 
         (blocks · 12 + 2) · width numbers each.
         """
@@ -74,7 +80,7 @@ class Modulation:
     def prepare(self, timesteps: Sequence[float], changed: Timestep | None = None) -> list[Tensor]:
         """The tables of those timesteps, in [0, 1]. While they are held, no step waits for them.
 
-        changed: what LoRAs change of the layers.
+        changed: what a job's LoRAs change of the layers, on top of those of all jobs.
         """
         key = changed.key if changed else None
         found: dict[float, Tensor] = {}
@@ -98,14 +104,15 @@ class Modulation:
             return {}
         # The transformer may be off the card just now, and these few layers with it.
         embedder = copy.deepcopy(self._embedder).to(self._device)
-        if changed:
-            changed.merge_embedder(embedder)
+        changes = [one for one in (self._beside, changed) if one]
+        for one in changes:
+            one.merge_embedder(embedder)
         embedded = [self._embedding(embedder, level) for level in levels]
         parts: list[list[Tensor]] = [[] for _ in levels]
         for name, layer in zip(self.layers, self._each_layer(), strict=True):
             weight, bias = (tensor.to(self._device, self.dtype) for tensor in layer)
-            if changed:
-                weight = changed.merge(name, weight)
+            for one in changes:
+                weight = one.merge(name, weight)
             for found, vector in zip(parts, embedded, strict=True):
                 found.append(functional.linear(vector, weight, bias)[0])
         return {level: torch.cat(found) for level, found in zip(levels, parts, strict=True)}

@@ -26,7 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from image_worker.errors import ModelMismatch
-from image_worker.model import tensor_file
+from image_worker.model import lease, tensor_file
+from image_worker.model.lease import Lease
 from image_worker.model.packed import Layout, Slot
 from image_worker.model.tensor_file import TensorFile
 
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 CODE = 5  # to be raised whenever other bytes come of the same files
 CHUNK = 2**25  # bytes that share a checksum
 MANIFEST = "manifest.json"
-_LEASE_SECONDS = 60.0  # after which a writer that gave no sign of life counts as dead
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ def write(folder: Path, units: Mapping[str, Unit], made_of: Mapping[str, Any]) -
         OSError: the disk is full, or cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lease = Lease(folder.with_name(f".{folder.name}.lease"))
-    if not lease.take():
+    held = Lease(folder.with_name(f".{folder.name}.lease"))
+    if not held.take():
         log.info("another worker is writing %s", folder.name)
         return False
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
@@ -165,7 +165,7 @@ def write(folder: Path, units: Mapping[str, Unit], made_of: Mapping[str, Any]) -
         files = {}
         with tqdm(total=total, desc="prepare", unit="B", unit_scale=True, disable=None) as bar:
             for name, unit in units.items():
-                files[f"{name}.safetensors"] = _write_file(partial, name, unit, lease)
+                files[f"{name}.safetensors"] = _write_file(partial, name, unit, held, CHUNK)
                 bar.update(unit.layout.size)
         manifest = {"code": CODE, "chunk": CHUNK, "made_of": made_of, "files": files}
         _write_json(partial / MANIFEST, manifest)
@@ -179,56 +179,39 @@ def write(folder: Path, units: Mapping[str, Unit], made_of: Mapping[str, Any]) -
         _sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        lease.release()
+        held.release()
     return True
 
 
-class Lease:
-    """A file that says: somebody is at it, and was alive lately.
+def add(folder: Path, name: str, unit: Unit) -> None:
+    """Adds a file to a folder that was written whole, unless another process is at it.
 
-    It spares work done twice and guards nothing else: folders appear whole whoever writes them.
+    Who reads the folder meanwhile finds it without the file, or with all of it.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def take(self) -> bool:
-        """Whether it is ours now: nobody had it, or its holder gave no sign for a minute."""
-        try:
-            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            if self._age() < _LEASE_SECONDS:
-                return False
-            self.renew()
-        return True
-
-    def renew(self) -> None:
-        """A sign of life."""
-        self._path.touch()
-
-    def release(self) -> None:
-        """Lets the next one have it."""
-        self._path.unlink(missing_ok=True)
-
-    def _age(self) -> float:
-        """Seconds since the last sign."""
-        try:
-            return _now(self._path.parent) - self._path.stat().st_mtime
-        except FileNotFoundError:  # released meanwhile
-            return _LEASE_SECONDS
-
-
-def _now(folder: Path) -> float:
-    """By the clock of the volume, which need not be ours."""
-    probe = folder / f".{uuid.uuid4().hex}.clock"
+    held = Lease(folder.with_name(f".{folder.name}.lease"))
+    if not held.take():
+        return
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    file = f"{name}.safetensors"
     try:
-        probe.touch()
-        return probe.stat().st_mtime
+        (partial / name).parent.mkdir(parents=True)
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        entry = _write_file(partial, name, unit, held, manifest["chunk"])
+        manifest["files"][file] = entry
+        _write_json(partial / MANIFEST, manifest)
+        (partial / file).replace(folder / file)
+        _sync((folder / file).parent)
+        (partial / MANIFEST).replace(folder / MANIFEST)  # last, since it promises the file
+        _sync(folder)
     finally:
-        probe.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        held.release()
 
 
-def _write_file(partial: Path, name: str, unit: Unit, lease: Lease) -> dict[str, Any]:
+def _write_file(partial: Path, name: str, unit: Unit, held: Lease, chunk: int) -> dict[str, Any]:
     path = partial / f"{name}.safetensors"
     layout = unit.layout
     memory = torch.zeros(layout.size, dtype=torch.uint8)
@@ -237,9 +220,9 @@ def _write_file(partial: Path, name: str, unit: Unit, lease: Lease) -> dict[str,
     sums = [digest(head)]
     with path.open("wb") as stream:
         stream.write(head)
-        for start in range(0, layout.size, CHUNK):
-            lease.renew()
-            piece = view[start : start + CHUNK]
+        for start in range(0, layout.size, chunk):
+            held.renew()
+            piece = view[start : start + chunk]
             sums.append(digest(piece))
             stream.write(piece)
         stream.flush()
@@ -273,7 +256,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     """Of writers that were killed, of whatever key."""
-    now = _now(folder)
+    now = lease.now(folder)
     for probe in folder.glob(".*.clock"):
         probe.unlink(missing_ok=True)
     for left in (*folder.glob(".*.partial"), *folder.glob(".*.damaged")):
@@ -281,5 +264,5 @@ def _remove_leftovers(folder: Path) -> None:
         for path in (left, *left.rglob("*")):
             with suppress(FileNotFoundError):
                 times.append(path.stat().st_mtime)
-        if times and now - max(times) >= _LEASE_SECONDS:
+        if times and now - max(times) >= lease.SECONDS:
             shutil.rmtree(left, ignore_errors=True)

@@ -18,6 +18,7 @@ from image_worker.compute import Compute
 from image_worker.errors import InvalidSettings
 from image_worker.model import components, files, from_checkpoint, weights
 from image_worker.model.attention import Int8
+from image_worker.model.beside import Beside
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.components import Component
 from image_worker.model.lora import Lora
@@ -36,7 +37,7 @@ class Recipe:
     loras: files to merge into the transformer; compute: what it multiplies weights in few bits in;
     int8_attention: it attends in int8; is_complete: all files are there, not just the small ones;
     checkpoints: files that components' weights are in instead of the folder's, by the components'
-    names.
+    names; beside: LoRAs that are not merged, because those weights are in a format of their own.
     """
 
     settings: Settings
@@ -49,6 +50,7 @@ class Recipe:
     int8_attention: bool = False
     is_complete: bool = True
     checkpoints: Mapping[str, Checkpoint | Plain] = field(default_factory=dict)
+    beside: Beside | None = None
 
     def checkpoint_of(self, component: Component) -> Checkpoint | Plain | None:
         """The file that this component's weights are in, if not in the folder's."""
@@ -141,6 +143,10 @@ def _served(recipe: Recipe, source: Any, layers: Read) -> Transformer:
             raise InvalidSettings(
                 f"attention in int8 does not run here ({error}); set ATTENTION=bf16 to go without"
             ) from error
+    beside = None
+    if recipe.beside:
+        blocks = len(source.transformer_blocks)
+        beside = recipe.beside.adapter(blocks, recipe.device, recipe.dtype)
     return Transformer(
         source,
         recipe.device,
@@ -148,6 +154,7 @@ def _served(recipe: Recipe, source: Any, layers: Read) -> Transformer:
         round_to=ROUND_TO[recipe.compute],
         attention=attention,
         read=layers,
+        beside=beside,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a model is made from: its folder and the LoRAs that are merged, as far as they are needed.
+"""What a model is made from: its folder and the LoRAs of all jobs, as far as they are needed.
 
 Prepared weights that were written whole stand for the weights of both. What tells one model from
 another is therefore known without them, where they come from the hub: a commit says what they are.
@@ -17,10 +17,6 @@ from image_worker import checkpoints
 from image_worker.catalog import HubFile, ModelEntry
 from image_worker.errors import InvalidSettings
 from image_worker.model import files, from_url
-from image_worker.model.checkpoint import Checkpoint
-from image_worker.model.configs import TransformerConfig
-from image_worker.model.opening import Plain, in_own_format, open_checkpoint
-from image_worker.model.text_checkpoint import open_text_encoder
 from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -32,7 +28,7 @@ _IN_CACHE = re.compile(
 
 @dataclass(frozen=True)
 class Sources:
-    """A model's folder, in diffusers' layout, and the LoRA files to merge into it.
+    """A model's folder, in diffusers' layout, and the LoRA files that are for all jobs.
 
     is_complete: all files are there. Otherwise the folder has those that are small, and a LoRA's
     path is where it would be. checkpoint: a file that the transformer's weights are in instead;
@@ -83,7 +79,7 @@ def find_least(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> S
 
 
 def loras_of(entry: ModelEntry, settings: Settings) -> list[HubFile]:
-    """The LoRAs that are merged: Lightning's, unless it is not wanted.
+    """The LoRAs of all jobs: Lightning's, unless it is not wanted, or is in `CHECKPOINT`.
 
     Raises:
         InvalidSettings: the model has none for that number of steps.
@@ -97,67 +93,6 @@ def loras_of(entry: ModelEntry, settings: Settings) -> list[HubFile]:
             "set USE_LIGHTNING_LORA=0 to go without"
         )
     return [file]
-
-
-def open_checkpoint_of(
-    found: Sources, settings: Settings, config: dict[str, Any]
-) -> Checkpoint | Plain | None:
-    """The file that the transformer's weights are in, if they are not the folder's.
-
-    config: the transformer's, of the model's folder.
-
-    Raises:
-        ModelMismatch: it does not fit the model, or is not understood.
-        InvalidSettings: it is not known whether Lightning is in it, or its weights cannot take it.
-    """
-    if found.checkpoint is None:
-        return None
-    expected = TransformerConfig.parse(config)
-    opened = open_checkpoint(found.checkpoint, expected)
-    log.info("transformer: %s, %s", found.checkpoint.name, opened.label)
-    own = in_own_format(opened)
-    told = own.lightning_steps if own else None
-    if told and settings.checkpoint_lightning == "auto" and not checkpoints.lightning_of(settings):
-        raise InvalidSettings(
-            f"{found.checkpoint.name} says that Lightning for {told} steps is merged in it: set "
-            f"CHECKPOINT_LIGHTNING={told}, or 0 if it is not so"
-        )
-    if found.loras and own:
-        raise InvalidSettings(
-            f"weights in {opened.label} cannot take {found.loras[0].name}, which is to be merged; "
-            "set CHECKPOINT_LIGHTNING=4 or 8 if the file has Lightning in it, or "
-            "USE_LIGHTNING_LORA=0 to go without"
-        )
-    return opened
-
-
-def open_text_encoder_of(
-    found: Sources, settings: Settings, transformer: Checkpoint | Plain | None
-) -> Checkpoint | Plain | None:
-    """The file that the text encoder's weights are in, if they are not the folder's.
-
-    transformer: the file that its weights are in, if they are not the folder's.
-
-    Raises:
-        ModelMismatch: it does not fit the model, or is not understood.
-        InvalidSettings: nothing is left of which a setting says how it is stored.
-    """
-    if found.text_encoder is None:
-        return None
-    opened = open_text_encoder(found.text_encoder, found.folder / "text_encoder")
-    log.info("text encoder: %s, %s", found.text_encoder.name, opened.label)
-    own = in_own_format(opened)
-    if own and settings.quantize_components == "text":
-        raise InvalidSettings(
-            f"QUANTIZE_COMPONENTS=text has no meaning with a text encoder in {own.label}, which "
-            "serves as it is; drop it, and set PRECISION_MODE=bf16 for a transformer in bf16"
-        )
-    if own and in_own_format(transformer) and settings.precision_mode != "auto":
-        raise InvalidSettings(
-            f"PRECISION_MODE={settings.precision_mode} has no meaning where CHECKPOINT and "
-            "TEXT_ENCODER_CHECKPOINT both have formats of their own; drop it"
-        )
-    return opened
 
 
 def facts_of_model(folder: Path, checkpoints: Mapping[str, Path]) -> list[list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -80,10 +81,13 @@ class Store:
             self._miss(whole)
         self._begin(decided)
 
-    @property
-    def is_to_write(self) -> bool:
-        """Whether there is none, and should be one."""
-        return self._wanted and self._found is None
+    def is_to_write(self, model: Any) -> bool:
+        """Whether there is none, or not all of it, and should be: LoRAs that are not merged share a
+        folder, but each has tables of its own."""
+        if self._found is None:
+            return self._wanted
+        missing = f"{self._tables_file}.safetensors" not in self._found.files
+        return missing and bool(model.transformer.modulation.tables())
 
     @property
     def is_there(self) -> bool:
@@ -119,8 +123,12 @@ class Store:
             self._reading = None
 
     def write(self, model: Any) -> None:
-        """Writes what is loaded. Where that cannot be, the model serves all the same."""
+        """Writes what is loaded and not there. Where that cannot be, the model serves all the
+        same."""
         try:
+            if self._found is not None:
+                prepared.add(self._found.folder, *self._made_tables(model))
+                return
             with ExitStack() as at_home:
                 for blocks in blocks_of(model.text_encoder, model.transformer):
                     at_home.enter_context(blocks.at_home())
@@ -136,13 +144,18 @@ class Store:
         found: dict[str, list[Slot]] = {}
         for component in components.ALL:
             found |= component.units(getattr(model, component.name))
-        modulation = model.transformer.modulation
-        made = modulation.tables()
-        if made:
-            held = {repr(level): _Held(table) for level, table in made.items()}
-            found[_TABLES] = [Slot(name, owner, "table") for name, owner in held.items()]
         units = {name: Unit.of(slots) for name, slots in found.items()}
+        modulation = model.transformer.modulation
+        if modulation.tables():
+            name, unit = self._made_tables(model)
+            units[name] = unit
         return units | layers.units(modulation) if self._is_for_whole else units
+
+    def _made_tables(self, model: Any) -> tuple[str, Unit]:
+        """The file of modulation's tables, and what it is to hold."""
+        made = model.transformer.modulation.tables()
+        slots = [Slot(repr(level), _Held(table), "table") for level, table in made.items()]
+        return self._tables_file, Unit.of(slots)
 
     def _find(self, folder: Path) -> Prepared | None:
         try:
@@ -169,7 +182,7 @@ class Store:
             name
             for component in components.ALL
             for name in named
-            if name.startswith(f"{component.name}/")
+            if name.startswith(f"{component.name}/") and self._is_ours(name)
         ]
         try:
             self._reading = Reading(
@@ -197,9 +210,22 @@ class Store:
     def _tables(self) -> dict[float, torch.Tensor]:
         """Modulation's that were kept."""
         assert self._reading is not None and self._found is not None
-        if f"{_TABLES}.safetensors" not in self._found.files:
+        name = self._tables_file
+        if f"{name}.safetensors" not in self._found.files:
             return {}
-        return {float(name): table for name, table in self._reading.tensors(_TABLES).items()}
+        return {float(level): table for level, table in self._reading.tensors(name).items()}
+
+    @property
+    def _tables_file(self) -> str:
+        """Tables are of the LoRAs beside the weights, too, and nothing else in the folder is."""
+        beside = self._recipe.beside
+        if beside is None:
+            return _TABLES
+        facts = json.dumps(sources.facts_of_files(beside.paths))
+        return f"{_TABLES}-{prepared.digest(facts.encode())}"
+
+    def _is_ours(self, name: str) -> bool:
+        return not name.startswith(_TABLES) or name == self._tables_file
 
     def _made_of(self) -> dict[str, Any]:
         recipe = self._recipe

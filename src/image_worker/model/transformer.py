@@ -20,7 +20,7 @@ from torch.nn.attention import sdpa_kernel
 from image_worker.compute import Compute
 from image_worker.kernels import operations, reference
 from image_worker.kernels.reference import Activation
-from image_worker.model.adapters import NO_CHANGES, Adapter, Changes
+from image_worker.model.adapters import Adapter, Changes, added
 from image_worker.model.attention import BACKENDS, Attention, Exact, Order
 from image_worker.model.embeddings import Shape, rope
 from image_worker.model.formats.coded import CodedLinear
@@ -81,7 +81,8 @@ def velocities(
 ) -> list[Tensor]:
     """One forward for all rows: each row's velocity, (target tokens, channels), in the rows' type.
 
-    rows: at least one, on the transformer's device, in its type; adapter: the LoRAs of all rows.
+    rows: at least one, on the transformer's device, in its type; adapter: the LoRAs of all rows, on
+    top of those that are always beside the weights.
     """
     layout = transformer.layout(tuple(row.outline for row in rows))
     text = torch.cat([row.text for row in rows])
@@ -103,11 +104,13 @@ class Transformer(nn.Module):
         round_to: torch.dtype | None,
         attention: Attention | None = None,
         read: Read | None = None,
+        beside: Adapter | None = None,
     ) -> None:
         """Takes `source` apart: a `Skeleton` or diffusers' module, whose parts are called alike.
 
         round_to: multiply weights in 4 bit in this type, FP8 or int8, and those that are stored in
-        it; all others, or None: as they are. read: as of `Modulation`.
+        it; all others, or None: as they are. read: as of `Modulation`; beside: LoRAs of every
+        forward.
         """
         super().__init__()
         self.config = source.config
@@ -118,7 +121,9 @@ class Transformer(nn.Module):
         self.img_in, self.txt_in, self.txt_norm = source.img_in, source.txt_in, source.txt_norm
         self.proj_out = source.proj_out
         self.time_embed = source.time_text_embed
-        self.modulation = Modulation(source, device, dtype, read)
+        self.beside = beside
+        timestep = beside.timestep if beside else None
+        self.modulation = Modulation(source, device, dtype, read, timestep)
         self.layout = functools.lru_cache(maxsize=8)(self._layout)
         self._ops = operations(device)
         attention = attention or Exact(self._ops)
@@ -146,11 +151,12 @@ class Transformer(nn.Module):
         text (T, width), image (S, channels): of all rows; timesteps: one for each row.
         """
         ops, owner = self._ops, layout.owner
+        adapters = [one for one in (self.beside, adapter) if one]
         timestep = adapter.timestep if adapter else None
         mods = self.modulation.of_blocks(self._streams(timesteps), timestep).unbind(1)
         text = reference.rms_norm(text, self.txt_norm.weight)
         x = torch.cat(
-            [self._outside("txt_in", text, adapter), self._outside("img_in", image, adapter)]
+            [self._outside("txt_in", text, adapters), self._outside("img_in", image, adapters)]
         )
         y, gate = None, None  # what is still to be added to x
         text_tokens = layout.text_tokens
@@ -158,7 +164,7 @@ class Transformer(nn.Module):
         block: Any
         for number, (block, mod) in enumerate(zip(self.blocks.in_turn(), mods, strict=True)):
             shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(1)
-            changes = adapter.blocks[number] if adapter else NO_CHANGES
+            changes = [one.blocks[number] for one in adapters]
             x, y = ops.add_and_modulate(
                 x, y, gate, shift1, scale1, owner, round_to=block.qkv.round_to
             )
@@ -173,12 +179,14 @@ class Transformer(nn.Module):
         x = ops.add(x, y, gate, owner)
         scale, shift = self.modulation.of_output(timesteps, timestep).unbind(1)
         x = ops.modulate(x, shift, scale, layout.target_rows, round_to=None)
-        return self._outside("proj_out", x, adapter)
+        return self._outside("proj_out", x, adapters)
 
-    def _outside(self, name: str, x: Tensor, adapter: Adapter | None) -> Tensor:
+    def _outside(self, name: str, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
         """(N, out) from x (N, in), by a layer that is in no block."""
         found: Tensor = getattr(self, name)(x)
-        return adapter.add_to(name, found, x) if adapter else found
+        for adapter in adapters:
+            adapter.add_to(name, found, x)
+        return found
 
     def _streams(self, timesteps: Sequence[float]) -> list[tuple[float, int]]:
         """Whose modulation `Layout.owner` counts."""
@@ -257,10 +265,10 @@ class Block(nn.Module):
         self.norms = nn.Buffer(joined(weights).view(2, 2, -1))
 
     def attend(
-        self, y: Activation, layout: Layout, changes: Changes, *, only_targets: bool
+        self, y: Activation, layout: Layout, changes: Sequence[Changes], *, only_targets: bool
     ) -> Tensor:
         """Joint attention, each row for itself: (N, width), stream order; or of targets only."""
-        qkv = changes.qkv.add_to(self.qkv(y, layout.text_tokens), y, layout.text_tokens)
+        qkv = added("qkv", changes, self.qkv(y, layout.text_tokens), y, layout.text_tokens)
         mixed = self._attention(
             qkv,
             self.norms,
@@ -270,13 +278,13 @@ class Block(nn.Module):
             only_targets=only_targets,
         )
         text_tokens = 0 if only_targets else layout.text_tokens
-        return changes.out.add_to(self.out(mixed, text_tokens), mixed, text_tokens)
+        return added("out", changes, self.out(mixed, text_tokens), mixed, text_tokens)
 
-    def mlp(self, y: Activation, text_tokens: int, changes: Changes) -> Tensor:
+    def mlp(self, y: Activation, text_tokens: int, changes: Sequence[Changes]) -> Tensor:
         """(N, width) in and out."""
-        wide = changes.up.add_to(self.up(y, text_tokens), y, text_tokens)
+        wide = added("up", changes, self.up(y, text_tokens), y, text_tokens)
         y = self._ops.gelu(wide, round_to=self.down.round_to)
-        return changes.down.add_to(self.down(y, text_tokens), y, text_tokens)
+        return added("down", changes, self.down(y, text_tokens), y, text_tokens)
 
 
 def _is_stored_in(dtype: torch.dtype | None, layer: Any) -> bool:

@@ -1,0 +1,130 @@
+"""What a model is made from beside its folder: single files, and LoRAs that cannot be merged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from image_worker import checkpoints
+from image_worker.errors import InvalidSettings
+from image_worker.model import text_checkpoint
+from image_worker.model.beside import Beside
+from image_worker.model.checkpoint import Checkpoint
+from image_worker.model.configs import TransformerConfig
+from image_worker.model.opening import Plain, in_own_format, open_checkpoint
+from image_worker.model.sources import Sources
+from image_worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """checkpoints: files that components' weights are in instead of the folder's, by the
+    components' names; beside: the LoRAs of all jobs, if the transformer's format takes none.
+    """
+
+    checkpoints: Mapping[str, Checkpoint | Plain]
+    beside: Beside | None
+
+
+def open_files(found: Sources, settings: Settings, configs: Mapping[str, dict[str, Any]]) -> Opened:
+    """configs: of the components, by their names.
+
+    Raises:
+        ModelMismatch: a file does not fit the model, or is not understood.
+        InvalidSettings: settings contradict what files are.
+    """
+    transformer = open_transformer(found, settings, configs["transformer"])
+    text_encoder = open_text_encoder(found, settings, transformer)
+    opened = {"text_encoder": text_encoder, "transformer": transformer}
+    return Opened(
+        {name: single for name, single in opened.items() if single is not None},
+        read_beside(found, transformer, configs["transformer"]),
+    )
+
+
+def open_transformer(
+    found: Sources, settings: Settings, config: dict[str, Any]
+) -> Checkpoint | Plain | None:
+    """The file that the transformer's weights are in, if they are not the folder's.
+
+    config: the transformer's, of the model's folder.
+
+    Raises:
+        ModelMismatch: it does not fit the model, or is not understood.
+        InvalidSettings: it is not known whether Lightning is in it.
+    """
+    if found.checkpoint is None:
+        return None
+    expected = TransformerConfig.parse(config)
+    opened = open_checkpoint(found.checkpoint, expected)
+    log.info("transformer: %s, %s", found.checkpoint.name, opened.label)
+    if own := in_own_format(opened):
+        _check_lightning(own, settings)
+    return opened
+
+
+def _check_lightning(own: Checkpoint, settings: Settings) -> None:
+    """What may have Lightning in it must not get it a second time."""
+    if settings.checkpoint_lightning != "auto" or checkpoints.lightning_of(settings):
+        return
+    name, told = own.path.name, own.lightning_steps
+    if told:
+        raise InvalidSettings(
+            f"{name} says that Lightning for {told} steps is merged in it: set "
+            f"CHECKPOINT_LIGHTNING={told}, or 0 if it is not so"
+        )
+    if settings.use_lightning_lora and "lightning" in name.lower():
+        raise InvalidSettings(
+            f"{name} is called so, and does not say whether Lightning is merged in it: set "
+            "CHECKPOINT_LIGHTNING=4 or 8 if it is, or 0 to have it added"
+        )
+
+
+def read_beside(
+    found: Sources, opened: Checkpoint | Plain | None, config: dict[str, Any]
+) -> Beside | None:
+    """The LoRAs, if they cannot be merged, since the weights are in a format of their own.
+
+    opened, config: as of `open_transformer`.
+
+    Raises:
+        ModelMismatch: one is no LoRA, or does not fit the model.
+    """
+    if not found.loras or not in_own_format(opened):
+        return None
+    for path in found.loras:
+        log.info("%s is added beside the weights, for every job", path.name)
+    return Beside.read(found.loras, TransformerConfig.parse(config))
+
+
+def open_text_encoder(
+    found: Sources, settings: Settings, transformer: Checkpoint | Plain | None
+) -> Checkpoint | Plain | None:
+    """The file that the text encoder's weights are in, if they are not the folder's.
+
+    transformer: the file that its weights are in, if they are not the folder's.
+
+    Raises:
+        ModelMismatch: it does not fit the model, or is not understood.
+        InvalidSettings: nothing is left of which a setting says how it is stored.
+    """
+    if found.text_encoder is None:
+        return None
+    opened = text_checkpoint.open_text_encoder(found.text_encoder, found.folder / "text_encoder")
+    log.info("text encoder: %s, %s", found.text_encoder.name, opened.label)
+    own = in_own_format(opened)
+    if own and settings.quantize_components == "text":
+        raise InvalidSettings(
+            f"QUANTIZE_COMPONENTS=text has no meaning with a text encoder in {own.label}, which "
+            "serves as it is; drop it, and set PRECISION_MODE=bf16 for a transformer in bf16"
+        )
+    if own and in_own_format(transformer) and settings.precision_mode != "auto":
+        raise InvalidSettings(
+            f"PRECISION_MODE={settings.precision_mode} has no meaning where CHECKPOINT and "
+            "TEXT_ENCODER_CHECKPOINT both have formats of their own; drop it"
+        )
+    return opened
