@@ -18,6 +18,7 @@ from image_worker.errors import InvalidSettings, ModelMismatch
 from image_worker.model.adapters import Adapter
 from image_worker.model.beside import Beside
 from image_worker.model.checkpoint import Checkpoint
+from image_worker.model.configs import TransformerConfig
 from image_worker.model.files import read_json
 from image_worker.model.lora import Lora
 from image_worker.model.opened import open_transformer, read_beside
@@ -69,6 +70,10 @@ def opened(path: Path) -> Checkpoint:
     return found
 
 
+def config_of(checkpoint: Checkpoint) -> TransformerConfig:
+    return test_nunchaku.checkpoint().config if checkpoint.path == test_nunchaku.FILE else CONFIG
+
+
 def of_all_layers(checkpoint: Checkpoint, folder: Path, seed: int = 0) -> Path:
     """A LoRA's file that changes every layer there is, those of the timestep, too."""
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +90,7 @@ def of_all_layers(checkpoint: Checkpoint, folder: Path, seed: int = 0) -> Path:
 
 
 def rows(checkpoint: Checkpoint) -> list[Row]:
-    config = checkpoint.config  # type: ignore[attr-defined]
+    config = config_of(checkpoint)
     generator = torch.Generator().manual_seed(1)
     return [
         Row(
@@ -99,7 +104,7 @@ def rows(checkpoint: Checkpoint) -> list[Row]:
 
 
 def served(checkpoint: Checkpoint, beside: Beside | None, compute: Compute) -> Transformer:
-    source: Any = source_of(checkpoint, torch.float32)
+    source: Any = source_of(checkpoint, config_of(checkpoint), torch.float32)
     blocks = len(source.transformer_blocks)
     return Transformer(
         source,
@@ -121,7 +126,7 @@ def stock(checkpoint: Checkpoint, *loras: Path) -> list[Tensor]:
         for lora in read:
             weight = lora.merge(path, weight)
         state |= {f"{path}.weight": weight, f"{path}.bias": bias}
-    made = Skeleton(checkpoint.config)  # type: ignore[attr-defined]
+    made = Skeleton(config_of(checkpoint))
     made.load_state_dict(state)
     model, found = upstream.transformer(made), []
     for given in rows(checkpoint):
@@ -152,7 +157,7 @@ def test_beside_is_merged_in_every_format(
     paths = [of_all_layers(checkpoint, tmp_path)]
     if file is not svdq:
         paths.append(LIGHTNING)
-    beside = Beside.read(paths, checkpoint.config)  # type: ignore[attr-defined]
+    beside = Beside.read(paths, config_of(checkpoint))
     own = of_all_layers(checkpoint, tmp_path, seed=1)
     given = rows(checkpoint)
     plain, live = served(checkpoint, None, compute), served(checkpoint, beside, compute)

@@ -112,10 +112,10 @@ def refusal(path: Path, config: TransformerConfig | None = None) -> str:
     return caught.value.message
 
 
-def source_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
+def source_of(checkpoint: Checkpoint, config: TransformerConfig, dtype: torch.dtype) -> Skeleton:
     """Its layers in their places, but for modulation's."""
     with META:
-        made = Skeleton(checkpoint.config)
+        made = Skeleton(config)
     for path in checkpoint.linears:
         if "_mod." not in path and path != "norm_out.linear":
             made.set_submodule(path, checkpoint.linear(path, CPU, dtype))
@@ -150,7 +150,7 @@ def stock(checkpoint: GgufCheckpoint, dtype: torch.dtype) -> list[Tensor]:
 def errors(checkpoint: GgufCheckpoint, dtype: torch.dtype, compute: Compute) -> list[float]:
     """Of what serves, relative, by row."""
     served = Transformer(
-        source_of(checkpoint, dtype),
+        source_of(checkpoint, checkpoint.config, dtype),
         CPU,
         dtype,
         round_to=ROUND_TO[compute],
