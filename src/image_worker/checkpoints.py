@@ -65,9 +65,7 @@ PUBLISHED: tuple[Published, ...] = (
         )
         for kind in ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
     ),
-    Published(
-        "unsloth/Qwen-Image-Edit-2511-GGUF", "qwen-image-edit-2511-Q4_K_M.gguf", "edit-2511"
-    ),
+    Published("unsloth/Qwen-Image-Edit-2511-GGUF", "qwen-image-edit-2511-Q4_K_M.gguf", "edit-2511"),
 )
 REFUSED = tuple(_of_nunchaku("fp4"))  # for Blackwell's tensor cores alone
 _BY_PLACE = {(known.repo, known.path): known for known in (*PUBLISHED, *REFUSED)}
