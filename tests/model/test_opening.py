@@ -157,6 +157,18 @@ def test_what_is_no_checkpoint_is_refused(content: bytes, message: str, tmp_path
         open_checkpoint(path, CONFIG)
 
 
+def test_a_header_of_any_length_is_no_pickle(base: Any, tmp_path: Path) -> None:
+    """Its length is what the file begins with: 128 bytes and a multiple of 256, here."""
+    for room in range(0, 256, 8):
+        path = tmp_path / "file"
+        save_file(base, path, {"room": " " * room})
+        if path.read_bytes().startswith(b"\x80"):
+            break
+    else:
+        raise AssertionError("no such length")
+    assert isinstance(open_checkpoint(path, CONFIG), Plain)
+
+
 def test_types_that_are_not_known_are_named(base: Any, tmp_path: Path) -> None:
     tensors = base | {"proj_out.weight": base["proj_out.weight"].to(torch.int8)}
     with pytest.raises(ModelMismatch, match="tensors in int8, in no format that is known"):

@@ -57,15 +57,17 @@ def open_checkpoint(path: Path, expected: TransformerConfig) -> Checkpoint | Pla
     """
     try:
         with path.open("rb") as stream:
-            start = stream.read(8)
+            start = stream.read(9)
     except OSError as error:
         raise ModelUnavailable(f"the checkpoint {path.name} cannot be read: {error}") from error
     if start[:4] == b"GGUF":
         from image_worker.model.formats.gguf_checkpoint import GgufCheckpoint
 
         return GgufCheckpoint(path, expected)
+    # A safetensors file begins with a number, whose bytes may look like any of these.
+    is_header = start[8:] == b"{"
     for magic, what in _ARCHIVES.items():
-        if start.startswith(magic):
+        if start.startswith(magic) and not is_header:
             raise ModelMismatch(
                 f"the checkpoint {path.name} is {what}, which could run code when it is read; "
                 "expected a safetensors or GGUF file"
