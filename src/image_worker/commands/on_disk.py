@@ -26,6 +26,10 @@ def on_disk(
     for folder in places.prepared:
         text = f"{folder.name} ({folder.model}, {folder.precision}): {in_bytes(folder.size)}"
         yield Finding("ok", "prepared weights", text)
+    for kept in places.downloads:
+        whose = "LoRAs of jobs" if kept.kind == "loras" else "CHECKPOINT"
+        text = f"for {whose}: {kept.count} files, {in_bytes(kept.size)}"
+        yield Finding("ok", "downloads", f"{text} (python -m image_worker clean --{kept.kind})")
     if places.volume and not places.in_volume:
         text = "a network volume is mounted, and MODEL_DIR is not on it"
         yield Finding("note", "network volume", text)
