@@ -12,7 +12,7 @@ from pathlib import Path
 
 from image_worker.catalog import HubFile
 from image_worker.errors import InvalidSettings
-from image_worker.settings import Settings
+from image_worker.settings import Precision, Settings
 
 _ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<path>[^@]+)(?:@(?P<revision>[^@]+))?")
 
@@ -21,13 +21,15 @@ _ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<path>[^@]+)(?:@(?P<revision
 class Published:
     """A file, the model of the catalogue that it belongs to, and how many steps it is meant for.
 
-    lightning_steps: of the Lightning LoRA that is merged in it; 0: there is none.
+    lightning_steps: of the Lightning LoRA that is merged in it; 0: there is none; like: the
+    precision of this worker whose weights take as much memory; None: there is none.
     """
 
     repo: str
     path: str
     model: str
     lightning_steps: int = 0
+    like: Precision | None = None
 
 
 _NUNCHAKU = "nunchaku-tech/nunchaku-qwen-image-edit-2509"
@@ -37,13 +39,14 @@ def _of_nunchaku(kind: str) -> Iterator[Published]:
     """kind: `int4` or `fp4`."""
     for rank in (32, 128):
         name = f"svdq-{kind}_r{rank}-qwen-image-edit-2509"
-        yield Published(_NUNCHAKU, f"{name}.safetensors", "edit-2509")
+        like: Precision | None = "svdq" if rank == 32 else None
+        yield Published(_NUNCHAKU, f"{name}.safetensors", "edit-2509", 0, like)
         for steps in (4, 8):
             for path in (
                 f"{name}-lightningv2.0-{steps}steps.safetensors",
                 f"lightning-251115/{name}-lightning-{steps}steps-251115.safetensors",
             ):
-                yield Published(_NUNCHAKU, path, "edit-2509", steps)
+                yield Published(_NUNCHAKU, path, "edit-2509", steps, like)
 
 
 PUBLISHED: tuple[Published, ...] = (
@@ -52,12 +55,14 @@ PUBLISHED: tuple[Published, ...] = (
         "lightx2v/Qwen-Image-Lightning",
         "Qwen-Image-Edit-2509/qwen_image_edit_2509_fp8_e4m3fn_scaled.safetensors",
         "edit-2509",
+        like="fp8",
     ),
     Published(
         "lightx2v/Qwen-Image-Edit-2511-Lightning",
         "qwen_image_edit_2511_fp8_e4m3fn_scaled_lightning.safetensors",
         "edit-2511",
         4,
+        "fp8",
     ),
     *(
         Published(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -24,6 +25,7 @@ from image_worker.commands.forecast import forecast
 from image_worker.errors import WorkerError
 from image_worker.model.components import is_modulation
 from image_worker.model.configs import TransformerConfig
+from image_worker.model.formats.nunchaku_names import Names
 from image_worker.model.published import configs_of
 from image_worker.model.skeleton import Skeleton
 from tests import ggml
@@ -37,33 +39,61 @@ from tests.commands.test_doctor import (
     problems,
 )
 from tests.conftest import build_mini
+from tests.model.nunchaku_files import QUANTISATION
 from tests.model.test_scaled_fp8 import quantised, weights
 
 __all__ = ["_sizes_are_computed_once"]
 NO_LORA = {"USE_LIGHTNING_LORA": "0"}
 GGUF = "QuantStack/Qwen-Image-Edit-2509-GGUF:Qwen-Image-Edit-2509-Q4_K_M.gguf"
+FP8 = (
+    "lightx2v/Qwen-Image-Lightning:"
+    "Qwen-Image-Edit-2509/qwen_image_edit_2509_fp8_e4m3fn_scaled.safetensors"
+)
+BYTES = {"F8_E4M3": 1, "I8": 1, "BF16": 2, "I32": 4}
 INT4 = (
     "nunchaku-tech/nunchaku-qwen-image-edit-2509:"
     "svdq-int4_r32-qwen-image-edit-2509-lightningv2.0-4steps.safetensors"
 )
 
 
-def full_size_file(path: Path, dtype: str = "F8_E4M3") -> Path:
-    """A file of Qwen-Image-Edit-2509's transformer: its header, and a hole for its values."""
+def skeleton() -> Skeleton:
+    """Of Qwen-Image-Edit-2509's transformer."""
     config = TransformerConfig.parse(configs_of(CATALOG["edit-2509"])["transformer"])
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Skeleton(config).named_parameters()}
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        layer = name.removesuffix(".weight")
-        is_coded = name.startswith("transformer_blocks.") and len(shape) == 2
-        kind = dtype if is_coded and not is_modulation(layer) else "BF16"
-        start, end = end, end + shape.numel() * (1 if kind == "F8_E4M3" else 2)
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+        return Skeleton(config)
+
+
+def hollow(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], **metadata: str) -> Path:
+    """A file of these types and shapes: its header, and a hole for its values."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, (kind, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * BYTES[kind]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     os.truncate(path, 8 + len(text) + end)
     return path
+
+
+def full_size_file(path: Path, kind: str = "F8_E4M3") -> Path:
+    """All layers of attention and MLPs in one type, the rest in bf16."""
+    tensors = {}
+    for name, tensor in skeleton().named_parameters():
+        is_matrix = name.startswith("transformer_blocks.") and tensor.ndim == 2
+        is_coded = is_matrix and not is_modulation(name.removesuffix(".weight"))
+        tensors[name] = (kind if is_coded else "BF16", tuple(tensor.shape))
+    return hollow(path, tensors)
+
+
+def full_size_int4(path: Path) -> Path:
+    """As nunchaku has them, of rank 32."""
+    names = {torch.int8: "I8", torch.int32: "I32", torch.bfloat16: "BF16"}
+    parts = Names.of(skeleton())._expected(32)
+    tensors = {name: (names[types[0]], shapes[0]) for name, (shapes, types) in parts.items()}
+    config = json.dumps(configs_of(CATALOG["edit-2509"])["transformer"])
+    known = json.dumps(QUANTISATION | {"rank": 32})
+    return hollow(path, tensors, config=config, quantization_config=known)
 
 
 def judge(given: Facts) -> tuple[list[Finding], Forecast]:
@@ -104,6 +134,21 @@ def judge_without(kind: Any) -> tuple[list[Finding], Any]:
     given = facts(kind, MODEL="edit-2509")
     seen = forecast(given.settings, CATALOG["edit-2509"], given.card, given.host)  # type: ignore[arg-type]
     return findings(given, seen), seen
+
+
+@pytest.mark.parametrize(("name", "like"), [("int4", "svdq"), ("fp8", "fp8")])
+def test_before_it_is_here_memory_is_what_it_will_be(
+    name: str, like: str, fp8: str, tmp_path: Path
+) -> None:
+    path = fp8 if name == "fp8" else str(full_size_int4(tmp_path / "int4"))
+    env = {"MODEL": "edit-2509", "MODEL_DIR": str(tmp_path), **NO_LORA}
+    _, there = judge(facts(MIDDLE, CHECKPOINT=path, **env))
+    found, before = judge(facts(MIDDLE, CHECKPOINT=FP8 if name == "fp8" else INT4, **env))
+    assert f"memory is forecast for weights like {like}" in about(found, "checkpoint")
+    assert before.chosen and before.chosen.peak and there.chosen
+    assert before.chosen.peak == pytest.approx(there.chosen.peak, rel=0.01)
+    assert [row.products for row in before.rows] == [row.products for row in there.rows]
+    assert [row.places for row in before.rows] == [row.places for row in there.rows]
 
 
 def test_a_card_that_cannot_compute_as_asked(fp8: str) -> None:

@@ -35,7 +35,7 @@ def findings(facts: Facts, forecast: Forecast | None) -> list[Finding]:
     found = [*_settings(facts), *_packages(facts), *_torch(facts), *_card(facts)]
     if entry is not None and facts.settings is not None:
         found += _model(facts, facts.settings, entry, forecast)
-        found += _checkpoint(facts, facts.settings)
+        found += _checkpoint(facts, facts.settings, forecast)
         if facts.places is not None:
             found += on_disk(facts.settings, facts.places, entry, forecast)
     return found + list(_host(facts, forecast))
@@ -172,7 +172,7 @@ def _model(
         yield Finding("note", "model", text)
 
 
-def _checkpoint(facts: Facts, settings: Settings) -> Iterator[Finding]:
+def _checkpoint(facts: Facts, settings: Settings, forecast: Forecast | None) -> Iterator[Finding]:
     file = facts.checkpoint
     if settings.checkpoint is None:
         return
@@ -187,10 +187,11 @@ def _checkpoint(facts: Facts, settings: Settings) -> Iterator[Finding]:
         known = (
             f"published for {file.known_for}, with {steps} in it"
             if file.known_for
-            else ("not among the files that are known, so what it is shows once it is here")
+            else "not among the files that are known, so what it is shows once it is here"
         )
-        text = f"{file.name} is to be downloaded: {known}; its size is not known, and memory is"
-        yield Finding("note", "checkpoint", f"{text} forecast as without it")
+        like = forecast.label if forecast and forecast.label else "the model's own weights"
+        text = f"{file.name} is to be downloaded: {known}; its size is not known"
+        yield Finding("note", "checkpoint", f"{text}, and memory is forecast for {like}")
     if file.problem is not None:
         yield Finding("problem", "checkpoint", file.problem)
     elif file.warning is not None:

@@ -8,14 +8,14 @@ from typing import get_args
 import torch
 
 from image_worker.catalog import CATALOG, ModelEntry
-from image_worker.checkpoints import lightning_of
+from image_worker.checkpoints import lightning_of, parse, published
 from image_worker.commands.facts import Card, Forecast, Row
 from image_worker.errors import DoesNotFit, InvalidSettings
 from image_worker.model import components, from_checkpoint, numbers
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.hardware import GIB, Hardware
 from image_worker.model.opening import Plain, in_own_format
-from image_worker.model.placement import Plan, plan
+from image_worker.model.placement import Plan, Sizes, plan
 from image_worker.model.published import FOLDER, FullSize, full_size
 from image_worker.settings import Precision, Settings
 
@@ -37,18 +37,23 @@ def forecast(
     """For a model of the catalogue; of the miniature, which fits anywhere, there is no table.
 
     card: None without one, and then there is no table either; host: bytes of its memory that are
-    free; opened: the file that CHECKPOINT names, if it is here.
+    free; opened: the file that CHECKPOINT names, if it is here. If not, one that is known to be
+    like a precision of ours counts as that.
     """
     shown = CATALOG["edit-2509"] if entry.name == "mini" else entry
     own = in_own_format(opened) if entry is shown else None
-    model = full_size(shown, settings)
+    model, like, label = full_size(shown, settings), None, None
     if own is not None:
+        like, label = from_checkpoint.like(own), own.label
         model = _with_transformer(model, settings, own)
+    elif opened is None and (like := _like(settings)):
+        label = f"weights like {like}"
+        whole = full_size(shown, settings.model_copy(update={"quantize_components": "all"}))
+        model = _with_blocks(model, whole.sizes[like])
     rows: tuple[Row, ...] = ()
     chosen, problem, from_disk, held = None, None, False, 0
     hardware = _hardware(settings, card, host)
     if hardware is not None and card is not None:
-        like = from_checkpoint.like(own) if own else None
         rows = tuple(_row(_only(settings, one), model, hardware, one, like) for one in PRECISIONS)
         if entry is shown:
             try:
@@ -73,13 +78,28 @@ def forecast(
         prepared={
             one: model.prepared(one, whole=settings.keep_prepared == "whole") for one in PRECISIONS
         },
-        label=own.label if own else None,
+        label=label,
     )
 
 
 def _with_transformer(model: FullSize, settings: Settings, own: Checkpoint) -> FullSize:
     """The model with the transformer of that file instead of its own."""
     sizes = components.sizes(FOLDER, settings, torch.bfloat16, has_weights=False, checkpoint=own)
+    return replace(model, sizes=sizes)
+
+
+def _like(settings: Settings) -> Precision | None:
+    known = published(parse(settings.checkpoint)) if settings.checkpoint else None
+    return known.like if known else None
+
+
+def _with_blocks(model: FullSize, like: Sizes) -> FullSize:
+    """The model with that transformer's blocks, of which nearly all of its weights are."""
+    name = f"{components.TRANSFORMER.name}/blocks"
+    sizes = {
+        precision: replace(found, blocks={**found.blocks, name: like.blocks[name]})
+        for precision, found in model.sizes.items()
+    }
     return replace(model, sizes=sizes)
 
 
