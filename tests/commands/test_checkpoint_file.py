@@ -145,6 +145,7 @@ def test_before_it_is_here_memory_is_what_it_will_be(
     _, there = judge(facts(MIDDLE, CHECKPOINT=path, **env))
     found, before = judge(facts(MIDDLE, CHECKPOINT=FP8 if name == "fp8" else INT4, **env))
     assert f"memory is forecast for weights like {like}" in about(found, "checkpoint")
+    assert "GB are to be downloaded beside CHECKPOINT's file" in about(found, "model files")
     assert before.chosen and before.chosen.peak and there.chosen
     assert before.chosen.peak == pytest.approx(there.chosen.peak, rel=0.01)
     assert [row.products for row in before.rows] == [row.products for row in there.rows]

@@ -37,7 +37,7 @@ def findings(facts: Facts, forecast: Forecast | None) -> list[Finding]:
         found += _model(facts, facts.settings, entry, forecast)
         found += _checkpoint(facts, facts.settings, forecast)
         if facts.places is not None:
-            found += on_disk(facts.settings, facts.places, entry, forecast)
+            found += on_disk(facts.settings, facts.places, entry, forecast, facts.checkpoint)
     return found + list(_host(facts, forecast))
 
 
