@@ -41,15 +41,7 @@ def forecast(
     like a precision of ours counts as that.
     """
     shown = CATALOG["edit-2509"] if entry.name == "mini" else entry
-    own = in_own_format(opened) if entry is shown else None
-    model, like, label = full_size(shown, settings), None, None
-    if own is not None:
-        like, label = from_checkpoint.like(own), own.label
-        model = _with_transformer(model, settings, own)
-    elif opened is None and (like := _like(settings)):
-        label = f"weights like {like}"
-        whole = full_size(shown, settings.model_copy(update={"quantize_components": "all"}))
-        model = _with_blocks(model, whole.sizes[like])
+    model, like, label = _as_stored(shown, settings, opened if entry is shown else None)
     rows: tuple[Row, ...] = ()
     chosen, problem, from_disk, held = None, None, False, 0
     hardware = _hardware(settings, card, host)
@@ -82,10 +74,23 @@ def forecast(
     )
 
 
-def _with_transformer(model: FullSize, settings: Settings, own: Checkpoint) -> FullSize:
-    """The model with the transformer of that file instead of its own."""
-    sizes = components.sizes(FOLDER, settings, torch.bfloat16, has_weights=False, checkpoint=own)
-    return replace(model, sizes=sizes)
+def _as_stored(
+    entry: ModelEntry, settings: Settings, opened: Checkpoint | Plain | None
+) -> tuple[FullSize, Precision | None, str | None]:
+    """The model, with the transformer that CHECKPOINT names; what precision of ours that is like in
+    its products, and its format. None: precisions say it.
+    """
+    model = full_size(entry, settings)
+    if own := in_own_format(opened):
+        stored = components.sizes(
+            FOLDER, settings, torch.bfloat16, has_weights=False, checkpoint=own
+        )
+        return replace(model, sizes=stored), from_checkpoint.like(own), own.label
+    like = _like(settings) if opened is None else None
+    if like is None:
+        return model, None, None
+    whole = full_size(entry, settings.model_copy(update={"quantize_components": "all"}))
+    return _with_blocks(model, whole.sizes[like]), like, f"weights like {like}"
 
 
 def _like(settings: Settings) -> Precision | None:
