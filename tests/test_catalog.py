@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, get_args
 
 import pytest
@@ -26,9 +27,21 @@ def test_every_model_has_both_lightning_files() -> None:
             assert f"{steps}steps" in file.path
 
 
-def test_every_model_is_pinned_to_a_commit() -> None:
+def test_revisions_are_commits_or_main() -> None:
     for entry in CATALOG.values():
-        assert entry.name == "mini" or len(entry.revision) == 40
+        assert entry.name == "mini" or re.fullmatch(r"[0-9a-f]{40}", entry.revision)
+        for file in entry.lightning.values():
+            assert re.fullmatch(r"[0-9a-f]{40}|main", file.revision)
+
+
+def test_no_two_models_share_a_repo_or_a_lora() -> None:
+    repos = [entry.repo for entry in CATALOG.values()]
+    loras = [file for entry in CATALOG.values() for file in entry.lightning.values()]
+    assert len(set(repos)) == len(repos) and len(set(loras)) == len(loras)
+    for entry in CATALOG.values():
+        assert CATALOG[entry.name] is entry
+        assert entry.name == "mini" or re.fullmatch(r"Qwen/Qwen-Image[\w-]*", entry.repo)
+        assert all(file.path.endswith(".safetensors") for file in entry.lightning.values())
 
 
 def test_auto_looks_at_the_machine_and_nothing_else_does() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from image_worker.catalog import CATALOG, HubFile
-from image_worker.checkpoints import PUBLISHED, lightning_of, model_of, parse
+from image_worker.checkpoints import PUBLISHED, REFUSED, Published, lightning_of, model_of, parse
 from image_worker.errors import InvalidSettings
+from image_worker.job import loras
 from image_worker.settings import Settings
 
 FP8 = (
@@ -45,11 +46,56 @@ def test_what_names_nothing_is_refused(text: str) -> None:
 
 
 def test_published_files_are_of_models_that_are_known() -> None:
-    assert len(PUBLISHED) == 20
-    for known in PUBLISHED.values():
+    assert len(PUBLISHED) == 20 and len(REFUSED) == 10
+    places = [(known.repo, known.path) for known in (*PUBLISHED, *REFUSED)]
+    assert len(set(places)) == len(places)
+    for known in (*PUBLISHED, *REFUSED):
         assert known.lightning_steps in (0, *CATALOG[known.model].lightning)
         told = re.search(r"(\d)steps", known.path)
         assert told is None or int(told[1]) == known.lightning_steps
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", known.repo)
+        assert known.path.endswith((".safetensors", ".gguf"))
+        # Names say which model they are of, all but Lightning's own repo.
+        assert known.model.removeprefix("edit-") in known.path
+
+
+def expanded(text: str) -> list[str]:
+    """`a{1,2}` as a1 and a2."""
+    found = re.search(r"\{([^}]*)\}", text)
+    if found is None:
+        return [text]
+    parts = (text[: found.start()] + part + text[found.end() :] for part in found[1].split(","))
+    return [path for part in parts for path in expanded(part)]
+
+
+def test_the_readmes_list_is_the_table() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    table = readme.split("| repo | files | `MODEL` | Lightning |\n| --- | --- | --- | --- |\n")[1]
+    found, repo = [], ""
+    for line in table.split("\n\n")[0].splitlines():
+        cells = [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+        repo = cells[0] or repo
+        for path in expanded(cells[1]):
+            found.append((repo, path, cells[2], int(cells[3] or 0)))
+    known = [(one.repo, one.path, one.model, one.lightning_steps) for one in PUBLISHED]
+    assert sorted(found) == sorted(known)
+
+
+def test_what_is_in_fp4_is_refused_before_it_is_downloaded() -> None:
+    for known in REFUSED:
+        with pytest.raises(
+            InvalidSettings, match=r"nunchaku's fp4, .* the one in int4: "
+        ) as caught:
+            model_of(settings(checkpoint=f"{known.repo}:{known.path}"))
+        instead = str(caught.value).rpartition("the one in int4: ")[2]
+        assert model_of(settings(checkpoint=instead)) == known.model
+        assert lightning_of(settings(checkpoint=instead)) == known.lightning_steps
+
+
+@pytest.mark.parametrize("known", [PUBLISHED[0], REFUSED[0], PUBLISHED[10]])
+def test_a_job_that_names_a_transformer_is_told_so(known: Published) -> None:
+    with pytest.raises(ValueError, match="a whole transformer, which no job chooses"):
+        loras.parse(f"{known.repo}:{known.path}")
 
 
 def test_what_is_known_decides_the_model_and_its_steps() -> None:

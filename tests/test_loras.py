@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from image_worker import lora_files
 from image_worker import loras as loras_module
 from image_worker.edit import conditions
 from image_worker.edit.batching import Limits
@@ -240,7 +241,7 @@ def test_what_is_on_the_card_is_kept_and_shared(folder: Path) -> None:
 
 def test_a_file_that_is_too_large_is_refused(folder: Path) -> None:
     found = shelf(folder)
-    found._max_bytes = 1000
+    found._files.max_bytes = 1000
     with pytest.raises(InvalidLora, match="is over"):
         found.style([option()])
 
@@ -256,7 +257,7 @@ def test_a_file_that_is_too_large_is_refused(folder: Path) -> None:
 def test_what_the_hub_has_not(
     cause: Exception | None, env: dict[str, str], expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def find(*_: Any) -> Path:
+    def find(*_: Any, **__: Any) -> Path:
         raise ModelUnavailable("secret path /root") from cause
 
     monkeypatch.setattr(files, "find_on_hub", find)
@@ -268,7 +269,7 @@ def test_what_the_hub_has_not(
 def test_a_file_of_the_hub_is_found_where_models_are(monkeypatch: pytest.MonkeyPatch) -> None:
     asked_for = []
 
-    def find(file: Any, settings: Settings, max_bytes: int) -> Path:
+    def find(file: Any, settings: Settings, cache: Path, *, max_bytes: int, token: bool) -> Path:
         asked_for.append((file.repo, file.path, file.revision, max_bytes))
         return STYLE
 
@@ -303,12 +304,13 @@ def test_what_is_fetched_from_a_url_is_kept(
 
 
 def test_downloads_do_not_fill_the_disk(tmp_path: Path) -> None:
-    for number in range(4):
-        path = tmp_path / f"{number}.safetensors"
+    for number, name in enumerate([*(f"{number:032x}" for number in range(4)), "mine"]):
+        path = tmp_path / f"{name}.safetensors"
         path.write_bytes(b"x" * 10)
         os.utime(path, (number, number))
-    loras_module._trim(tmp_path, 25, tmp_path / "0.safetensors")
-    assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["0", "3"]
+    lora_files._trim(tmp_path, 25, tmp_path / f"{0:032x}.safetensors")
+    left = sorted(path.stem.lstrip("0") for path in tmp_path.iterdir())
+    assert left == ["", "3", "mine"], "a file of the operator's, who keeps LoRAs there, too"
 
 
 def test_a_large_file_of_the_hub_is_not_downloaded(

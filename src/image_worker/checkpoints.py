@@ -13,7 +13,7 @@ from pathlib import Path
 
 from image_worker.catalog import HubFile
 from image_worker.errors import InvalidSettings
-from image_worker.settings import Settings
+from image_worker.settings import Precision, Settings
 
 _ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<path>[^@]+)(?:@(?P<revision>[^@]+))?")
 
@@ -22,57 +22,70 @@ _ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<path>[^@]+)(?:@(?P<revision
 class Published:
     """A file, the model of the catalogue that it belongs to, and how many steps it is meant for.
 
-    lightning_steps: of the Lightning LoRA that is merged in it; 0: there is none.
+    lightning_steps: of the Lightning LoRA that is merged in it; 0: there is none; like: the
+    precision of this worker whose weights take as much memory; None: there is none.
     """
 
     repo: str
     path: str
     model: str
     lightning_steps: int = 0
+    like: Precision | None = None
 
 
-def _published() -> Iterator[Published]:
-    nunchaku = "nunchaku-tech/nunchaku-qwen-image-edit-2509"
+_NUNCHAKU = "nunchaku-tech/nunchaku-qwen-image-edit-2509"
+
+
+def _of_nunchaku(kind: str) -> Iterator[Published]:
+    """kind: `int4` or `fp4`."""
     for rank in (32, 128):
-        name = f"svdq-int4_r{rank}-qwen-image-edit-2509"
-        yield Published(nunchaku, f"{name}.safetensors", "edit-2509")
+        name = f"svdq-{kind}_r{rank}-qwen-image-edit-2509"
+        like: Precision | None = "svdq" if rank == 32 else None
+        yield Published(_NUNCHAKU, f"{name}.safetensors", "edit-2509", 0, like)
         for steps in (4, 8):
             for path in (
                 f"{name}-lightningv2.0-{steps}steps.safetensors",
                 f"lightning-251115/{name}-lightning-{steps}steps-251115.safetensors",
             ):
-                yield Published(nunchaku, path, "edit-2509", steps)
-    yield Published(
+                yield Published(_NUNCHAKU, path, "edit-2509", steps, like)
+
+
+PUBLISHED: tuple[Published, ...] = (
+    *_of_nunchaku("int4"),
+    Published(
         "lightx2v/Qwen-Image-Lightning",
         "Qwen-Image-Edit-2509/qwen_image_edit_2509_fp8_e4m3fn_scaled.safetensors",
         "edit-2509",
-    )
-    yield Published(
+        like="fp8",
+    ),
+    Published(
         "lightx2v/Qwen-Image-Edit-2511-Lightning",
         "qwen_image_edit_2511_fp8_e4m3fn_scaled_lightning.safetensors",
         "edit-2511",
         4,
-    )
-    for kind in ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"):
-        name = f"Qwen-Image-Edit-2509-{kind}.gguf"
-        yield Published("QuantStack/Qwen-Image-Edit-2509-GGUF", name, "edit-2509")
-    yield Published(
-        "unsloth/Qwen-Image-Edit-2511-GGUF", "qwen-image-edit-2511-Q4_K_M.gguf", "edit-2511"
-    )
-
-
-PUBLISHED = {(known.repo, known.path): known for known in _published()}
+        "fp8",
+    ),
+    *(
+        Published(
+            "QuantStack/Qwen-Image-Edit-2509-GGUF", f"Qwen-Image-Edit-2509-{kind}.gguf", "edit-2509"
+        )
+        for kind in ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+    ),
+    Published("unsloth/Qwen-Image-Edit-2511-GGUF", "qwen-image-edit-2511-Q4_K_M.gguf", "edit-2511"),
+)
+REFUSED = tuple(_of_nunchaku("fp4"))  # for Blackwell's tensor cores alone
 TEXT_ENCODERS = {
     ("Comfy-Org/Qwen-Image_ComfyUI", f"split_files/text_encoders/{name}.safetensors")
     for name in ("qwen_2.5_vl_7b_fp8_scaled", "qwen_2.5_vl_7b")
 }
+_BY_PLACE = {(known.repo, known.path): known for known in (*PUBLISHED, *REFUSED)}
 
 
 def parse(text: str, variable: str = "CHECKPOINT") -> Path | HubFile | str:
     """What a variable names: a file of this machine, one of the hub, or an https URL.
 
     Raises:
-        InvalidSettings: none of these.
+        InvalidSettings: none of these, or a published file that this worker does not read.
     """
     if text.startswith("https://"):
         return text
@@ -81,6 +94,7 @@ def parse(text: str, variable: str = "CHECKPOINT") -> Path | HubFile | str:
     if path.is_file():
         return path
     if on_hub and not path.is_absolute():
+        _refuse_fp4(text, on_hub["repo"], on_hub["path"])
         return HubFile(on_hub["repo"], on_hub["path"], on_hub["revision"] or "main")
     raise InvalidSettings(
         f"{variable}={text!r} is no file of this machine, no https URL, and no file of the hub "
@@ -88,9 +102,17 @@ def parse(text: str, variable: str = "CHECKPOINT") -> Path | HubFile | str:
     )
 
 
+def _refuse_fp4(text: str, repo: str, path: str) -> None:
+    if _BY_PLACE.get((repo, path)) in REFUSED:
+        raise InvalidSettings(
+            f"CHECKPOINT={text} is in nunchaku's fp4, which this worker does not read; take the "
+            f"one in int4: {repo}:{path.replace('svdq-fp4', 'svdq-int4')}"
+        )
+
+
 def published(source: Path | HubFile | str) -> Published | None:
     """What is known of it, if it is a file of the hub."""
-    return PUBLISHED.get((source.repo, source.path)) if isinstance(source, HubFile) else None
+    return _BY_PLACE.get((source.repo, source.path)) if isinstance(source, HubFile) else None
 
 
 def is_text_encoder(source: Path | HubFile | str) -> bool:
@@ -136,6 +158,26 @@ def _check_text_encoder(settings: Settings) -> None:
         raise InvalidSettings(
             f"MODEL=mini, and TEXT_ENCODER_CHECKPOINT={text} belongs to the full-size models; "
             "drop one"
+        )
+
+
+def check_lightning(settings: Settings) -> None:
+    """Whether settings ask for other Lightning than is merged in `CHECKPOINT`.
+
+    Raises:
+        InvalidSettings: they do.
+    """
+    steps = lightning_of(settings)
+    if not steps:
+        return
+    what = f"Lightning for {steps} steps is merged in CHECKPOINT"
+    if not settings.use_lightning_lora:
+        raise InvalidSettings(f"USE_LIGHTNING_LORA=0, and {what}; drop one")
+    is_set = "lightning_steps" in settings.model_fields_set
+    if is_set and settings.lightning_steps != steps:
+        raise InvalidSettings(
+            f"LIGHTNING_STEPS={settings.lightning_steps}, and {what}; drop one, or correct "
+            "CHECKPOINT_LIGHTNING"
         )
 
 

@@ -7,42 +7,27 @@ was used last stays in memory, on the host and on the card.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from image_worker.catalog import HubFile
-from image_worker.errors import (
-    InvalidLora,
-    InvalidSettings,
-    LoraUnavailable,
-    ModelMismatch,
-    ModelUnavailable,
-    WorkerError,
-)
+from image_worker.errors import InvalidLora, LoraUnavailable, ModelMismatch, WorkerError
 from image_worker.job import loras as sources
 from image_worker.job.budget import Budget
-from image_worker.job.loras import AtUrl, InFolder, OnHub, Source
 from image_worker.job.request import LoraOption
-from image_worker.model import adapters, files
+from image_worker.lora_files import LoraFiles
+from image_worker.model import adapters
 from image_worker.model.adapters import Adapter
 from image_worker.model.build import Model
 from image_worker.model.kept import Kept
 from image_worker.model.lora import Lora
 from image_worker.model.memory import with_room
-from image_worker.model.retrying import is_refusal
 from image_worker.settings import Settings
-
-log = logging.getLogger(__name__)
-
-_HUB_SECONDS = 30  # without a byte, after which a job gives up
-_FILES_KEPT = 4  # as many of the largest size: what downloads from URLs may take on the disk
 
 T = TypeVar("T")
 
@@ -101,11 +86,10 @@ class Loras:
         Raises:
             InvalidSettings: `LORA_DIR` is no folder.
         """
-        self._settings, self._model = settings, model
-        self._folder = folder_of(settings)
-        self._max_bytes = settings.max_lora_mb * 10**6
+        self._model = model
+        self._files = LoraFiles(settings)
         self._read: Kept[Lora] = Kept(settings.lora_cache_mb * 10**6)
-        self._reading = Budget(2 * self._max_bytes)  # of the host's memory
+        self._reading = Budget(2 * self._files.max_bytes)  # of the host's memory
         self._once = _Once()
 
     def style(self, options: Sequence[LoraOption]) -> Style | None:
@@ -115,15 +99,15 @@ class Loras:
             InvalidLora: what is named is no LoRA for this model, or may not be had.
             LoraUnavailable: it cannot be had now.
         """
+        for number, option in enumerate(options):
+            with _naming(number):  # all of them before any is fetched
+                self._files.check_allowed(sources.parse(option.source))
         found, size = [], 0
         for number, option in enumerate(options):
             if not option.scale:
                 continue
-            try:
+            with _naming(number):
                 wanted, taken = self._once.do(option.source, partial(self._have, option.source))
-            except WorkerError as error:  # others may wait for the same: one each
-                field = f"loras[{number}].source"
-                raise type(error)(error.message, field=field) from error.__cause__
             found.append((wanted, option.scale))
             size += taken
         if not found:
@@ -153,88 +137,26 @@ class Loras:
 
     def _have(self, text: str) -> tuple[Wanted, int]:
         """The file that is named, checked; and what it takes on the card."""
-        path = self._find(sources.parse(text))
+        path = self._files.find(sources.parse(text))
         try:
             status = path.stat()
         except OSError as error:
             raise LoraUnavailable("the LoRA's file could not be read") from error
-        if status.st_size > self._max_bytes:
-            raise sources.too_large(self._max_bytes)
+        if status.st_size > self._files.max_bytes:
+            raise sources.too_large(self._files.max_bytes)
         wanted = Wanted(path, status.st_mtime_ns, status.st_size)
         lora = self.read(wanted)
         return wanted, adapters.card_bytes([(lora, 1.0)], self._model.dtype)
 
-    def _find(self, source: Source) -> Path:
-        if isinstance(source, InFolder):
-            return self._in_folder(source)
-        if isinstance(source, OnHub):
-            return self._on_hub(source)
-        return self._at_url(source)
 
-    def _in_folder(self, source: InFolder) -> Path:
-        if self._folder is None:
-            raise InvalidLora("this worker has no folder of LoRAs (LORA_DIR is not set)")
-        path = (self._folder / source.name).resolve()
-        if path.parent != self._folder or not path.is_file():
-            raise InvalidLora(f"this worker's folder of LoRAs has no {source.name}")
-        return path
-
-    def _on_hub(self, source: OnHub) -> Path:
-        file = HubFile(source.repo, source.path, source.revision or "main")
-        settings = self._settings.model_copy(update={"download_timeout": _HUB_SECONDS})
-        try:
-            return files.find_on_hub(file, settings, self._max_bytes)
-        except ModelMismatch as error:
-            raise sources.too_large(self._max_bytes) from error
-        except ModelUnavailable as error:
-            if settings.local_only:
-                raise _not_here() from error
-            if error.__cause__ is None or is_refusal(error.__cause__):
-                raise InvalidLora("the hub has no such file, or not for this worker") from error
-            raise LoraUnavailable("the LoRA could not be downloaded from the hub") from error
-
-    def _at_url(self, source: AtUrl) -> Path:
-        """Kept by the hash of its address."""
-        folder = self._settings.model_dir / "loras"
-        place = folder / f"{hashlib.sha256(source.url.encode()).hexdigest()[:32]}.safetensors"
-        if place.is_file():
-            return place
-        if self._settings.local_only:
-            raise _not_here()
-        sources.fetch(source.url, place, self._max_bytes)
-        _trim(folder, _FILES_KEPT * self._max_bytes, place)
-        return place
-
-
-def folder_of(settings: Settings) -> Path | None:
-    """`LORA_DIR`, resolved; None: jobs may name nothing there.
-
-    Raises:
-        InvalidSettings: it is no folder.
-    """
-    if settings.lora_dir is None:
-        return None
-    folder = settings.lora_dir.expanduser().resolve()
-    if not folder.is_dir():
-        raise InvalidSettings(f"LORA_DIR={settings.lora_dir} is no folder of this machine")
-    return folder
-
-
-def _not_here() -> InvalidLora:
-    return InvalidLora("the LoRA is not on this machine, and LOCAL_ONLY=1 forbids downloads")
-
-
-def _trim(folder: Path, max_bytes: int, newest: Path) -> None:
-    """Removes what was downloaded first, as long as all of it is over the limit."""
+@contextmanager
+def _naming(number: int) -> Iterator[None]:
+    """Errors say which of a job's LoRAs is meant. Others may wait for the same file: one each."""
     try:
-        found = [(path.stat().st_mtime, path) for path in folder.glob("*.safetensors")]
-        left = sum(path.stat().st_size for _, path in found)
-        for _, path in sorted(found):
-            if left > max_bytes and path != newest:
-                left -= path.stat().st_size
-                path.unlink()
-    except OSError as error:  # another worker that shares the folder does the same
-        log.info("the folder of LoRAs was not tidied up: %s", error)
+        yield
+    except WorkerError as error:
+        field = f"loras[{number}].source"
+        raise type(error)(error.message, field=field) from error.__cause__
 
 
 class _Once:

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from image_worker.allowed import explain
 from image_worker.compute import POSSIBLE
 from image_worker.errors import InvalidSettings
+from image_worker.lora_sources import LoraSources
 
 ModelName = Literal["auto", "edit-2509", "edit-2511", "edit", "image", "image-2512", "mini"]
 Precision = Literal["bf16", "fp8", "8bit", "svdq", "4bit"]
@@ -108,6 +109,11 @@ class Settings(BaseSettings):
         8, description="which Lightning LoRA: the one for 4 or the one for 8 steps"
     )
     lora_dir: Path | None = Field(None, description="folder with LoRAs that jobs may name")
+    lora_sources: str = Field(
+        "folder,hub,https",
+        description="which LoRAs jobs may name: folder (LORA_DIR), hub (public repos), https (any "
+        "host), owner/name or owner/* (repos, read with HF_TOKEN), names of hosts",
+    )
     max_lora_mb: int = Field(
         2048, ge=1, le=100_000, description="largest file of a LoRA that a job names, in MB"
     )
@@ -227,6 +233,12 @@ class Settings(BaseSettings):
                 "be there at each start; set it to 1"
             )
         self._refuse_half_a_bucket()
+        has_folder = LoraSources.parse(self.lora_sources).folder
+        if self.lora_dir is not None and not has_folder:
+            raise InvalidSettings(
+                f"LORA_DIR={self.lora_dir} has no meaning with LORA_SOURCES={self.lora_sources}; "
+                "add folder to these, or drop it"
+            )
         if self.quantize_components == "text" and self.precision_mode == "bf16":
             raise InvalidSettings(
                 "QUANTIZE_COMPONENTS=text has no meaning with PRECISION_MODE=bf16; drop one"

@@ -28,7 +28,8 @@ from image_worker.job.images import load_images
 from image_worker.job.request import EditRequest, named, summary
 from image_worker.job.response import Outlet, failure, make_reply
 from image_worker.job.storage import Storage
-from image_worker.loras import Loras, folder_of
+from image_worker.lora_files import folder_of
+from image_worker.loras import Loras
 from image_worker.model.build import Model, build
 from image_worker.model.hardware import detect_hardware
 from image_worker.orders import Made, Order

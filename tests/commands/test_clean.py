@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -15,12 +16,24 @@ from hypothesis import strategies as st
 from image_worker import __main__ as command
 from image_worker.commands import removable
 from image_worker.commands.clean import chosen, in_bytes
-from image_worker.commands.removable import Item, checked, find, remove
+from image_worker.commands.fetched import InUse, fetched
+from image_worker.commands.removable import Item, checked, made, remove
 from image_worker.errors import InvalidSettings
+from image_worker.job.loras import OnHub
+from image_worker.lora_files import LoraFiles
+from image_worker.model.from_url import find_checkpoint
+from image_worker.settings import Settings
+from tests.model.fake_hub import REPO, Hub, only
 
 KEY = "edit-2509-4bit-0123456789abcdef"
 HEX = "0" * 32
 SILENCE = 300.0
+CHECKPOINT = "checkpoints/models--some--files"
+LORA, PRIVATE = "loras/hub/models--some--styles", "loras/hub-token/models--me--mine"
+
+
+def find(folder: Path, silence: float) -> list[Item]:
+    return [*made(folder), *fetched(folder, silence, InUse())]
 
 
 def put(path: Path, size: int = 1000, age: float = 3600.0) -> Path:
@@ -62,9 +75,27 @@ def models(tmp_path: Path) -> Path:
     put(folder / "checkpoints" / HEX[:16] / "model.gguf.incomplete", 700)
     put(folder / "checkpoints" / HEX[:16] / "model.gguf")
     put(folder / "checkpoints" / "mine" / "x.incomplete")
+    put(folder / "checkpoints" / "mine.gguf")
+    put_in_cache(folder / CHECKPOINT, "one.gguf")
+    put(folder / CHECKPOINT / "blobs" / "half.incomplete")
+    for name in (f"{HEX}.safetensors", "fetching-x.incomplete", "mine.safetensors"):
+        put(folder / "loras" / name)
+    put(folder / "loras" / "mine" / f"{HEX}.safetensors")
+    put_in_cache(folder / LORA, "style.safetensors")
+    put_in_cache(folder / PRIVATE, "style.safetensors")
     put(folder / "generated-images" / "mini_lightning8_20260101-000000.png")
     age(folder)
     return folder
+
+
+def put_in_cache(repo: Path, name: str) -> Path:
+    """A file of a repo, as the hub's caches have it."""
+    blob = put(repo / "blobs" / f"{name}-bytes")
+    link = repo / "snapshots" / ("b" * 40) / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(Path("..") / ".." / "blobs" / blob.name)
+    put(repo / "refs" / "main")
+    return link
 
 
 def kept(folder: Path) -> set[str]:
@@ -85,6 +116,13 @@ OURS = {
     "kernels/cuda/cd",
     "models--Qwen--Qwen-Image-Edit-2509/blobs/cut.incomplete",
     f"checkpoints/{HEX[:16]}/model.gguf.incomplete",
+    f"checkpoints/{HEX[:16]}/model.gguf",
+    f"{CHECKPOINT}/blobs/one.gguf-bytes",
+    f"{CHECKPOINT}/blobs/half.incomplete",
+    f"loras/{HEX}.safetensors",
+    "loras/fetching-x.incomplete",
+    f"{LORA}/blobs/style.safetensors-bytes",
+    f"{PRIVATE}/blobs/style.safetensors-bytes",
 }
 
 
@@ -111,13 +149,65 @@ def test_all_that_is_ours_goes_and_nothing_else(
     assert "nothing to remove" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["prepared", "kernels", "downloads"])
+@pytest.mark.parametrize("kind", ["prepared", "kernels", "downloads", "loras", "checkpoints"])
 def test_one_kind_alone(kind: str, models: Path, monkeypatch: Any) -> None:
     before = kept(models)
     clean(monkeypatch, models, "--yes", f"--{kind}")
     gone = before - kept(models)
-    parts = {"downloads": ("models--", "checkpoints/")}.get(kind, (f"{kind}/",))
-    assert gone == {name for name in OURS if name.startswith(parts)}
+    cut_off = {name for name in OURS if name.endswith(".incomplete")}
+    whole = {name for name in OURS - cut_off if name.startswith(f"{kind}/")}
+    assert gone == (cut_off if kind == "downloads" else whole)
+
+
+def test_files_of_the_hub_are_listed_by_their_names(
+    models: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    clean(monkeypatch, models, "--loras", "--checkpoints")
+    said = capsys.readouterr().out
+    assert "(some/files: one.gguf)" in said and "(some/styles: style.safetensors)" in said
+    assert said.count("1.00 kB") == 5 and "5.00 kB would be free" in said
+
+
+@pytest.mark.parametrize("name", ["some/files:one.gguf@" + "b" * 40, "url", "path"])
+def test_the_checkpoint_that_is_named_stays(
+    name: str, models: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    url = "https://a.example/model.gguf"
+    folder = hashlib.sha256(url.encode()).hexdigest()[:16]
+    files = {"url": put(models / "checkpoints" / folder / "model.gguf")}
+    files["path"] = models / "checkpoints" / HEX[:16] / "model.gguf"
+    monkeypatch.setenv("CHECKPOINT", {"url": url, "path": str(files["path"])}.get(name, name))
+    before = kept(models)
+    clean(monkeypatch, models, "--yes", "--checkpoints")
+    left = {path for path in kept(models) if path.startswith("checkpoints/")}
+    stays = files.get(name, models / CHECKPOINT / "blobs" / "one.gguf-bytes")
+    assert str(stays.relative_to(models)) in left
+    assert len(before - kept(models)) == 2, "all others go"
+    assert "stays: CHECKPOINT names it" in capsys.readouterr().out
+
+
+def test_a_folder_of_loras_stays_wherever_it_is(
+    models: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setenv("LORA_DIR", str(models / "loras"))
+    before = kept(models)
+    clean(monkeypatch, models, "--yes", "--loras", "--downloads")
+    gone = {name for name in before - kept(models) if name.startswith("loras/")}
+    assert gone == {name for name in OURS if name.startswith("loras/hub")}
+    assert capsys.readouterr().out.count("stays: it is in LORA_DIR") == 2
+
+
+def test_what_was_removed_is_fetched_again(tmp_path: Path, monkeypatch: Any) -> None:
+    settings = Settings.from_env({"MODEL_DIR": str(tmp_path), "CHECKPOINT": f"{REPO}:a.gguf"})
+    with only(Hub({"a.gguf": b"weights", "b.safetensors": b"style"}), monkeypatch) as hub:
+        for _ in range(2):
+            assert find_checkpoint(settings).read_bytes() == b"weights"
+            lora = LoraFiles(settings).find(OnHub(REPO, "b.safetensors", None))
+            assert lora.read_bytes() == b"style"
+            age(tmp_path)
+            clean(monkeypatch, tmp_path, "--yes")
+    assert [name for name, _ in hub.asked] == ["a.gguf", "b.safetensors"] * 2
+    assert find(tmp_path, SILENCE) == []
 
 
 def test_what_is_newer_stays(models: Path, monkeypatch: Any) -> None:
@@ -189,7 +279,7 @@ def test_links_are_not_followed(models: Path, tmp_path: Path, monkeypatch: Any) 
     assert not (models / "prepared" / KEY).exists()
 
 
-@pytest.mark.parametrize("name", ["prepared", "kernels"])
+@pytest.mark.parametrize("name", ["prepared", "kernels", "loras", "checkpoints", "loras/hub"])
 def test_a_whole_kind_behind_a_link_stays(
     name: str, models: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

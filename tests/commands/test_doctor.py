@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -311,9 +312,9 @@ def test_whole_prepared_weights_may_stand_for_the_checkpoint() -> None:
     assert 26e9 < seen.prepared["4bit"] < 27e9
 
 
-def test_a_checkpoint_of_another_program_is_not_looked_into() -> None:
+def test_without_torch_a_checkpoint_is_not_looked_into() -> None:
     found, _ = judge(facts(MIDDLE, CHECKPOINT="me/mine:one.safetensors"))
-    assert "CHECKPOINT is not looked into" in about(found, "model")
+    assert "CHECKPOINT is not looked into without torch" in about(found, "checkpoint")
 
 
 def test_a_volume_beside_model_dir() -> None:
@@ -432,6 +433,17 @@ def test_places_are_looked_at(tmp_path: Path, monkeypatch: Any) -> None:
     found = places.look_at_places(settings, entry, volume=tmp_path)
     assert found.partial == 100 and found.volume and found.in_volume
     assert [(one.model, one.precision) for one in found.prepared] == [("m", "4bit")]
+    assert not found.downloads
+    kept = tmp_path / "models" / "loras" / f"{'0' * 32}.safetensors"
+    for path in (kept, tmp_path / "models" / "checkpoints" / ("0" * 16) / "x.gguf"):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x" * 1000)
+    found = places.look_at_places(settings, entry, volume=tmp_path)
+    said = about(
+        findings(dataclasses.replace(facts(), settings=settings, places=found), None), "downloads"
+    )
+    assert "for LoRAs of jobs: 1 files, 1.00 kB (python -m image_worker clean --loras)" in said
+    assert "for CHECKPOINT: 1 files" in said and "clean --checkpoints" in said
     (tmp_path / "models" / "model_index.json").touch()
     assert "itself a model folder" in (places.look_at_places(settings, entry).problem or "")
 
@@ -468,7 +480,8 @@ sys.exit("torch" in sys.modules)
 @pytest.mark.parametrize("arguments", [["--help"], ["clean"]])
 def test_what_needs_no_torch_does_not_import_it(arguments: list[str], tmp_path: Path) -> None:
     program = [sys.executable, "-c", QUIET.format(arguments=arguments)]
-    done = subprocess.run(program, capture_output=True, check=False, cwd=tmp_path)
+    env = os.environ | {"MODEL_DIR": str(tmp_path), "CHECKPOINT": "me/mine:x"}
+    done = subprocess.run(program, capture_output=True, check=False, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr.decode()
 
 

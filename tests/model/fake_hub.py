@@ -40,12 +40,15 @@ class Fault:
 class Hub:
     """`faults` are used up in order, by path, or `LIST` for the list of files.
 
-    `asked` has the path and the first byte of every request for a file.
+    `asked` has the path and the first byte of every request for a file; `tokens` those that came
+    with a request, whatever for; a private repo is told of to nobody without one.
     """
 
     files: dict[str, bytes]
     faults: dict[str, list[Fault]] = field(default_factory=dict)
     asked: list[tuple[str, int]] = field(default_factory=list)
+    tokens: set[str] = field(default_factory=set)
+    private: bool = False
     lists: int = 0
     piece: int = 2**16  # bytes that are sent at a time
     pause: float = 0.0  # seconds between pieces
@@ -86,6 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        token = self.headers.get("Authorization")
+        self.hub.tokens |= {token} if token else set()
+        if self.hub.private and not token and not path.startswith("/cdn/"):
+            return self._head(401, {"X-Error-Code": "RepoNotFound"})
         if path.startswith(f"/api/models/{REPO}/revision/"):
             return self._list()
         if path.startswith(f"/{REPO}/resolve/{COMMIT}/"):  # as the hub does: elsewhere

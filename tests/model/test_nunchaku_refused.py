@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from image_worker.errors import ModelMismatch
+from image_worker.model.configs import TransformerConfig
 from image_worker.model.formats.nunchaku_names import is_nunchaku
+from image_worker.model.lora import Lora
+from image_worker.model.opening import open_checkpoint
 from image_worker.model.tensor_file import TensorFile
 from tests.model.nunchaku_files import QUANTISATION
 from tests.model.test_nunchaku import CPU, EFFECTIVE, FILE, META, checkpoint
@@ -73,6 +76,30 @@ def test_other_metadata_are_refused(name: str, value: Any, complaint: str, tmp_p
     text = None if value is None else json.dumps(value)
     with pytest.raises(ModelMismatch, match=complaint):
         checkpoint(changed(tmp_path, unchanged, **{name: text}))
+
+
+@pytest.mark.parametrize("metadata", [{}, {"quantization_config": None, "config": None}])
+def test_fp4_is_recognised_by_what_is_in_it(metadata: dict[str, None], tmp_path: Path) -> None:
+    """Scales in FP8 for groups of 16, one for the weight, and one for each row."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("attn.to_qkv.wscales")]:
+            path, rows = name.removesuffix(".wscales"), tensors[name].shape[-1]
+            tensors[name] = torch.ones(8, rows).to(torch.float8_e4m3fn)
+            tensors[f"{path}.wtscale"] = torch.ones(1, dtype=torch.bfloat16)
+            tensors[f"{path}.wcscales"] = torch.ones(rows, dtype=torch.bfloat16)
+
+    path = changed(tmp_path, change, **metadata)
+    with pytest.raises(ModelMismatch, match=r"is in nunchaku's fp4, .*to_qkv.wscales is in FP8"):
+        open_checkpoint(path, TransformerConfig.parse(CONFIG))
+    with pytest.raises(ModelMismatch, match=r"takes LoRAs, and this is a whole transformer in nun"):
+        Lora.read(path)
+
+
+def test_without_its_metadata_a_file_in_int4_is_refused_as_one(tmp_path: Path) -> None:
+    path = changed(tmp_path, unchanged, quantization_config=None)
+    with pytest.raises(ModelMismatch, match="has no quantization_config in its metadata"):
+        open_checkpoint(path, TransformerConfig.parse(CONFIG))
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from image_worker.commands.removable import KINDS, Item, Kind, checked, find, remove
+from image_worker.commands.fetched import InUse, fetched
+from image_worker.commands.removable import Item, Kind, checked, made, remove
 from image_worker.errors import WorkerError
+
+if TYPE_CHECKING:
+    from image_worker.settings import Settings
 
 _DAY = 86_400
 _ABOUT = (
     "Lists what of MODEL_DIR can be made or fetched again, and removes it with --yes: prepared "
-    "weights, compiled kernels, downloads that were cut off. Models that were downloaded whole and "
-    "pictures stay. Stop the workers that read from MODEL_DIR first."
+    "weights, compiled kernels, downloads that were cut off, LoRAs that jobs named, and files that "
+    "CHECKPOINT named but does not now. Models that were downloaded whole, LORA_DIR and pictures "
+    "stay. Stop the workers that read from MODEL_DIR first."
 )
+_KINDS: dict[Kind, str] = {
+    "prepared": "prepared weights, and what killed writers left",
+    "kernels": "kernels",
+    "downloads": "downloads that were cut off",
+    "loras": "LoRAs that were downloaded for jobs",
+    "checkpoints": "files that were downloaded for CHECKPOINT",
+}
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,21 +38,13 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "clean", help="remove what can be made or fetched again", description=_ABOUT
     )
     command.add_argument("--yes", action="store_true", help="remove it, do not only list it")
-    for kind, what in zip(
-        KINDS,
-        (
-            "prepared weights, and what killed writers left",
-            "kernels",
-            "downloads that were cut off",
-        ),
-        strict=True,
-    ):
+    for kind, what in _KINDS.items():
         command.add_argument(
             f"--{kind}",
             action="append_const",
             dest="kinds",
             const=kind,
-            help=f"only {what} (these three can be combined; without any, all)",
+            help=f"only {what} (these can be combined; without any, all)",
         )
     command.add_argument(
         "--older-than",
@@ -54,17 +60,31 @@ def run(options: argparse.Namespace) -> int:
     """Lists or removes. Returns the exit status: 2 for a MODEL_DIR that cannot be, 1 for rests."""
     from image_worker.settings import Settings
 
+    # What is not on this machine is not worth a warning here.
+    logging.getLogger("image_worker").addHandler(logging.NullHandler())
     try:
         settings = Settings.from_env()
         folder = checked(settings.model_dir)
+        found = [*made(folder), *fetched(folder, settings.download_timeout, in_use(settings))]
     except WorkerError as error:
         sys.stderr.write(f"error: {error.type}: {error}\n")
         return 2
-    items = chosen(
-        find(folder, settings.download_timeout), options.kinds or KINDS, options.older_than
-    )
+    items = chosen(found, options.kinds or tuple(_KINDS), options.older_than)
     sys.stdout.write(f"{'removed from' if options.yes else 'in'} {settings.model_dir}:\n")
     return _remove(items, folder) if options.yes else _list(items, folder)
+
+
+def in_use(settings: Settings) -> InUse:
+    """What these settings name.
+
+    Raises:
+        InvalidSettings: `CHECKPOINT` names nothing.
+    """
+    from image_worker.model.from_url import checkpoint_here
+
+    checkpoint = checkpoint_here(settings) if settings.checkpoint else None
+    folder = settings.lora_dir
+    return InUse(checkpoint and checkpoint.resolve(), folder and folder.expanduser().resolve())
 
 
 def chosen(items: Sequence[Item], kinds: Sequence[Kind], days: float) -> list[Item]:

@@ -79,20 +79,27 @@ def look() -> tuple[Facts, Forecast | None]:
     facts = dataclasses.replace(facts, places=look_at_places(settings, entry))
     if facts.torch.version is None:
         return facts, None
+    from image_worker.commands.checkpoint_file import look_at_checkpoint
     from image_worker.commands.forecast import forecast
 
-    return facts, forecast(settings, entry, facts.card, facts.host)
+    opened = None
+    if settings.checkpoint is not None:
+        checkpoint, opened = look_at_checkpoint(settings, entry)
+        facts = dataclasses.replace(facts, checkpoint=checkpoint)
+    return facts, forecast(settings, entry, facts.card, facts.host, opened)
 
 
 def _settings() -> tuple[Settings | None, str | None]:
     from image_worker.checkpoints import model_of
     from image_worker.job.storage import Storage
+    from image_worker.lora_files import folder_of
     from image_worker.settings import Settings
 
     try:
         settings = Settings.from_env()
         model_of(settings)  # whether CHECKPOINT names anything
         Storage.from_settings(settings)  # as a start does
+        folder_of(settings)
     except InvalidSettings as error:
         return None, str(error)
     return settings, None
@@ -102,7 +109,7 @@ def as_text(found: Sequence[Finding], forecast: Forecast | None) -> str:
     """A line for each finding, then the table."""
     lines = [f"{one.status:<7}  {one.topic}: {one.text}" for one in found]
     if forecast is not None and forecast.rows:
-        lines += ["", f"{forecast.of} on this card:", *_table(forecast), *_measured()]
+        lines += ["", *_table(forecast), *([] if forecast.label else _measured())]
     problems = sum(one.status == "problem" for one in found)
     end = "a worker would start" if not problems else f"{problems} to be solved before a start"
     return "\n".join([*lines, "", end])
@@ -119,16 +126,20 @@ def as_json(found: Sequence[Finding], forecast: Forecast | None) -> str:
 
 
 def _table(forecast: Forecast) -> list[str]:
+    """What the transformer is from is said above it; then the precisions are the text encoder's."""
+    title = f"{forecast.of} on this card:"
+    if forecast.label is not None:
+        title = f"{forecast.of} on this card, its transformer in {forecast.label}, the rest in:"
     cells = [("weights", "fits", "peak GiB", "products", "speed")]
     for row in forecast.rows:
         peak = "" if row.peak is None else f"{row.peak / 2**30:.1f}"
         cells.append((row.precision, row.places, peak, row.products, row.speed))
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    return [
-        "  "
-        + "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+    lines = (
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in cells
-    ]
+    )
+    return [title, *(f"  {line}" for line in lines)]
 
 
 def _measured() -> list[str]:

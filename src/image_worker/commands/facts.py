@@ -89,12 +89,40 @@ class PreparedFolder:
 
 
 @dataclass(frozen=True)
+class CheckpointFile:
+    """The file that CHECKPOINT names.
+
+    size: bytes, None where it is not on this machine; label: its format, None if nobody looked;
+    known_for: the catalogue's model, None for files that are not listed; lightning: steps of the
+    LoRA that is merged in it, 0 for none, as far as settings, metadata or the catalogue say;
+    problem: why a start would end.
+    """
+
+    name: str
+    size: int | None = None
+    label: str | None = None
+    known_for: str | None = None
+    lightning: int = 0
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Downloads:
+    """Files of a kind that were fetched, for jobs (`loras`) or for CHECKPOINT (`checkpoints`)."""
+
+    kind: Literal["loras", "checkpoints"]
+    count: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Places:
     """Where weights are and may be.
 
     model_dir: its path; free: bytes of its disk; has_model, has_adapter: whether all files of them
     are on this machine; partial: bytes of the model that are; problem: why it cannot be looked for;
-    volume: a network volume is mounted; in_volume: MODEL_DIR is there.
+    volume: a network volume is mounted; in_volume: MODEL_DIR is there; downloads: for jobs and for
+    CHECKPOINT.
     """
 
     model_dir: str
@@ -107,6 +135,7 @@ class Places:
     prepared: tuple[PreparedFolder, ...] = ()
     volume: bool = False
     in_volume: bool = False
+    downloads: tuple[Downloads, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +152,7 @@ class Facts:
     packages_problem: str | None = None
     strangers: Mapping[str, str] = field(default_factory=dict)
     has_token: bool = False
+    checkpoint: CheckpointFile | None = None
 
     @property
     def card(self) -> Card | None:
@@ -153,7 +183,8 @@ class Forecast:
 
     of: the model of the table; from_disk: weights would be read at every pass; checkpoint, adapter,
     prepared: bytes on the disk, the latter by precision; host: bytes of the host's memory that
-    weights would take.
+    weights would take; label: the format of the transformer, if CHECKPOINT's file decides it, and
+    precisions are those of the text encoder.
     """
 
     of: str
@@ -165,3 +196,4 @@ class Forecast:
     checkpoint: int
     adapter: int
     prepared: Mapping[str, int]
+    label: str | None = None

@@ -35,8 +35,9 @@ def findings(facts: Facts, forecast: Forecast | None) -> list[Finding]:
     found = [*_settings(facts), *_packages(facts), *_torch(facts), *_card(facts)]
     if entry is not None and facts.settings is not None:
         found += _model(facts, facts.settings, entry, forecast)
+        found += _checkpoint(facts, facts.settings, forecast)
         if facts.places is not None:
-            found += on_disk(facts.settings, facts.places, entry, forecast)
+            found += on_disk(facts.settings, facts.places, entry, forecast, facts.checkpoint)
     return found + list(_host(facts, forecast))
 
 
@@ -163,14 +164,36 @@ def _model(
         yield Finding("note", "model", f"{entry.name}; {text}")
     else:
         row = forecast.chosen
-        text = f"{entry.name} in {row.why}, products in {row.products}"
+        own = f"a transformer in {forecast.label}, the rest in " if forecast.label else ""
+        text = f"{entry.name} in {own}{row.why}, products in {row.products}"
         yield Finding("ok" if row.places == "all stay" else "note", "model", text)
     if settings.model_id is not None:
         text = f"MODEL_ID={settings.model_id} is taken to be of the published size"
         yield Finding("note", "model", text)
-    if settings.checkpoint is not None:
-        text = "CHECKPOINT is not looked into: room and memory are as without it"
-        yield Finding("note", "model", text)
+
+
+def _checkpoint(facts: Facts, settings: Settings, forecast: Forecast | None) -> Iterator[Finding]:
+    file = facts.checkpoint
+    if settings.checkpoint is None:
+        return
+    if file is None:
+        yield Finding("note", "checkpoint", "CHECKPOINT is not looked into without torch")
+        return
+    steps = f"Lightning for {file.lightning} steps" if file.lightning else "no Lightning"
+    if file.label is not None and file.size is not None:
+        text = f"{file.name} is here: {file.label}, {file.size / 1e9:.1f} GB, with {steps} in it"
+        yield Finding("ok", "checkpoint", text)
+    elif file.size is None:
+        known = (
+            f"published for {file.known_for}, with {steps} in it"
+            if file.known_for
+            else "not among the files that are known, so what it is shows once it is here"
+        )
+        like = forecast.label if forecast and forecast.label else "the model's own weights"
+        text = f"{file.name} is to be downloaded: {known}; its size is not known"
+        yield Finding("note", "checkpoint", f"{text}, and memory is forecast for {like}")
+    if file.problem is not None:
+        yield Finding("problem", "checkpoint", file.problem)
 
 
 def _host(facts: Facts, forecast: Forecast | None) -> Iterator[Finding]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import torch
 
 from image_worker.catalog import CATALOG, ModelEntry
+from image_worker.checkpoints import lightning_of, parse, published
 from image_worker.commands.facts import Card, Forecast, Row
 from image_worker.errors import DoesNotFit, InvalidSettings
-from image_worker.model import numbers
+from image_worker.model import components, from_checkpoint, numbers
+from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.hardware import GIB, Hardware
-from image_worker.model.placement import Plan, plan
-from image_worker.model.published import FullSize, full_size
+from image_worker.model.opening import Plain, in_own_format
+from image_worker.model.placement import Plan, Sizes, plan
+from image_worker.model.published import FOLDER, FullSize, full_size
 from image_worker.settings import Precision, Settings
 
 # Of the README's table of whole jobs: 1024² with one reference, Lightning 4 steps, everything on
@@ -24,26 +28,31 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def forecast(
-    settings: Settings, entry: ModelEntry, card: Card | None, host: int | None
+    settings: Settings,
+    entry: ModelEntry,
+    card: Card | None,
+    host: int | None,
+    opened: Checkpoint | Plain | None = None,
 ) -> Forecast:
     """For a model of the catalogue; of the miniature, which fits anywhere, there is no table.
 
     card: None without one, and then there is no table either; host: bytes of its memory that are
-    free.
+    free; opened: the file that CHECKPOINT names, if it is here. If not, one that is known to be
+    like a precision of ours counts as that.
     """
     shown = CATALOG["edit-2509"] if entry.name == "mini" else entry
-    model = full_size(shown, settings)
+    model, like, label = _as_stored(shown, settings, opened if entry is shown else None)
     rows: tuple[Row, ...] = ()
     chosen, problem, from_disk, held = None, None, False, 0
     hardware = _hardware(settings, card, host)
     if hardware is not None and card is not None:
-        rows = tuple(_row(_only(settings, one), model, hardware, one) for one in PRECISIONS)
+        rows = tuple(_row(_only(settings, one), model, hardware, one, like) for one in PRECISIONS)
         if entry is shown:
             try:
                 decided = plan(settings, model.sizes, model.shape, hardware)
-                chosen = _as_row(settings, decided, hardware)
+                chosen = _as_row(settings, decided, hardware, like)
                 from_disk, held = decided.from_disk, _held(decided, model)
-                problem = _refused(settings, decided.precision, hardware)
+                problem = _refused(settings, decided.precision, hardware, like)
             except DoesNotFit as error:
                 problem = str(error)
     elif entry is shown:
@@ -56,22 +65,74 @@ def forecast(
         problem=problem,
         from_disk=from_disk,
         host=held,
-        checkpoint=model.checkpoint,
-        adapter=model.lora if settings.use_lightning_lora else 0,
+        checkpoint=model.checkpoint - (model.transformer if settings.checkpoint else 0),
+        adapter=model.lora if _adds_lightning(settings) else 0,
         prepared={
             one: model.prepared(one, whole=settings.keep_prepared == "whole") for one in PRECISIONS
         },
+        label=label,
     )
 
 
-def products(settings: Settings, precision: Precision, hardware: Hardware) -> str:
-    """What the transformer multiplies in.
+def _as_stored(
+    entry: ModelEntry, settings: Settings, opened: Checkpoint | Plain | None
+) -> tuple[FullSize, Precision | None, str | None]:
+    """The model, with the transformer that CHECKPOINT names; what precision of ours that is like in
+    its products, and its format. None: precisions say it.
+    """
+    model = full_size(entry, settings)
+    beside = model.lora if _adds_lightning(settings) else 0
+    if own := in_own_format(opened):
+        stored = components.sizes(
+            FOLDER,
+            settings,
+            torch.bfloat16,
+            has_weights=False,
+            checkpoints={components.TRANSFORMER.name: own},
+            beside=beside,
+        )
+        return replace(model, sizes=stored), from_checkpoint.like(own), own.label
+    like = _like(settings) if opened is None else None
+    if like is None:
+        return model, None, None
+    whole = full_size(entry, settings.model_copy(update={"quantize_components": "all"}))
+    return _with_blocks(model, whole.sizes[like], beside), like, f"weights like {like}"
+
+
+def _like(settings: Settings) -> Precision | None:
+    known = published(parse(settings.checkpoint)) if settings.checkpoint else None
+    return known.like if known else None
+
+
+def _adds_lightning(settings: Settings) -> bool:
+    return settings.use_lightning_lora and not lightning_of(settings)
+
+
+def _with_blocks(model: FullSize, like: Sizes, beside: int) -> FullSize:
+    """The model with that transformer's blocks, of which nearly all of its weights are.
+
+    beside: bytes that are on the card with them for good.
+    """
+    name = f"{components.TRANSFORMER.name}/blocks"
+    sizes = {
+        precision: replace(
+            found, rest=found.rest + beside, blocks={**found.blocks, name: like.blocks[name]}
+        )
+        for precision, found in model.sizes.items()
+    }
+    return replace(model, sizes=sizes)
+
+
+def products(
+    settings: Settings, precision: Precision, hardware: Hardware, like: Precision | None = None
+) -> str:
+    """What the transformer multiplies in. like: what its weights count as, if not `precision`.
 
     Raises:
         InvalidSettings: the card cannot what the settings ask for.
     """
     dtype = numbers.choose_dtype(settings, hardware)
-    stored: Precision = precision if settings.quantize_components == "all" else "bf16"
+    stored = like or (precision if settings.quantize_components == "all" else "bf16")
     found = numbers.choose_products(settings, stored, hardware, dtype)
     if found != "bf16":
         return found
@@ -80,9 +141,11 @@ def products(settings: Settings, precision: Precision, hardware: Hardware) -> st
     return "bf16" if dtype == torch.bfloat16 else "fp16"
 
 
-def _products(settings: Settings, precision: Precision, hardware: Hardware) -> str:
+def _products(
+    settings: Settings, precision: Precision, hardware: Hardware, like: Precision | None
+) -> str:
     try:
-        return products(settings, precision, hardware)
+        return products(settings, precision, hardware, like)
     except InvalidSettings:
         return "impossible"
 
@@ -105,32 +168,40 @@ def _only(settings: Settings, precision: Precision) -> Settings:
     return settings.model_copy(update=update)
 
 
-def _row(settings: Settings, model: FullSize, hardware: Hardware, precision: Precision) -> Row:
+def _row(
+    settings: Settings,
+    model: FullSize,
+    hardware: Hardware,
+    precision: Precision,
+    like: Precision | None,
+) -> Row:
     try:
-        return _as_row(settings, plan(settings, model.sizes, model.shape, hardware), hardware)
+        return _as_row(settings, plan(settings, model.sizes, model.shape, hardware), hardware, like)
     except DoesNotFit as error:
-        multiplied = _products(settings, precision, hardware)
+        multiplied = _products(settings, precision, hardware, like)
         return Row(precision, "no", None, multiplied, _UNKNOWN, str(error))
 
 
-def _as_row(settings: Settings, decided: Plan, hardware: Hardware) -> Row:
-    measured = MEASURED.get(decided.precision)
+def _as_row(settings: Settings, decided: Plan, hardware: Hardware, like: Precision | None) -> Row:
+    measured = None if like else MEASURED.get(decided.precision)
     is_known = measured is not None and MEASURED_ON in hardware.name and not decided.streamed
     passing = "blocks pass, from disk" if decided.from_disk else "blocks pass"
     return Row(
         precision=decided.precision,
         places=passing if decided.streamed else "all stay",
         peak=decided.peak,
-        products=_products(settings, decided.precision, hardware),
+        products=_products(settings, decided.precision, hardware, like),
         speed=f"{measured} s a job on an {MEASURED_ON}" if is_known else _UNKNOWN,
         why=decided.describe(),
     )
 
 
-def _refused(settings: Settings, precision: Precision, hardware: Hardware) -> str | None:
+def _refused(
+    settings: Settings, precision: Precision, hardware: Hardware, like: Precision | None
+) -> str | None:
     """What a start would refuse of this card, although the model fits."""
     try:
-        products(settings, precision, hardware)
+        products(settings, precision, hardware, like)
         numbers.attends_in_int8(settings, hardware, numbers.choose_dtype(settings, hardware))
     except InvalidSettings as error:
         return str(error)

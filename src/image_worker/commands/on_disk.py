@@ -6,12 +6,16 @@ from collections.abc import Iterator
 
 from image_worker.catalog import ModelEntry
 from image_worker.commands.clean import in_bytes
-from image_worker.commands.facts import Finding, Forecast, Places
+from image_worker.commands.facts import CheckpointFile, Finding, Forecast, Places
 from image_worker.settings import Settings
 
 
 def on_disk(
-    settings: Settings, places: Places, entry: ModelEntry, forecast: Forecast | None
+    settings: Settings,
+    places: Places,
+    entry: ModelEntry,
+    forecast: Forecast | None,
+    checkpoint: CheckpointFile | None = None,
 ) -> Iterator[Finding]:
     """Findings about MODEL_DIR: what is there, what is to come, and whether it has room."""
     if places.problem is not None:
@@ -22,10 +26,17 @@ def on_disk(
     if not places.writable:
         yield Finding("note", "disk", "MODEL_DIR cannot be written: nothing is downloaded or kept")
     if entry.name != "mini" and places.problem is None:
-        yield from _download(settings, places, entry, forecast)
+        comes = checkpoint is not None and checkpoint.size is None
+        yield from _download(
+            settings, places, entry, forecast, " beside CHECKPOINT's file" if comes else ""
+        )
     for folder in places.prepared:
         text = f"{folder.name} ({folder.model}, {folder.precision}): {in_bytes(folder.size)}"
         yield Finding("ok", "prepared weights", text)
+    for kept in places.downloads:
+        whose = "LoRAs of jobs" if kept.kind == "loras" else "CHECKPOINT"
+        text = f"for {whose}: {kept.count} files, {in_bytes(kept.size)}"
+        yield Finding("ok", "downloads", f"{text} (python -m image_worker clean --{kept.kind})")
     if places.volume and not places.in_volume:
         text = "a network volume is mounted, and MODEL_DIR is not on it"
         yield Finding("note", "network volume", text)
@@ -34,8 +45,9 @@ def on_disk(
 
 
 def _download(
-    settings: Settings, places: Places, entry: ModelEntry, forecast: Forecast | None
+    settings: Settings, places: Places, entry: ModelEntry, forecast: Forecast | None, beside: str
 ) -> Iterator[Finding]:
+    """beside: words for what is to be downloaded, too, and is told of elsewhere."""
     missing = [
         name
         for name, there in (("model", places.has_model), ("Lightning LoRA", places.has_adapter))
@@ -56,7 +68,7 @@ def _download(
         size = model + (0 if places.has_adapter else forecast.adapter)
         there = f" ({_gb(places.partial)} are there)" if places.partial else ""
         short = places.free is not None and places.free < size
-        text = f"{_gb(size)} are to be downloaded{there}"
+        text = f"{_gb(size)} are to be downloaded{beside}{there}"
         is_problem = short or not places.writable
         yield Finding("problem" if is_problem else "note", "model files", text)
         yield from _room_to_prepare(settings, places, forecast, size)

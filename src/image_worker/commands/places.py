@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from image_worker.catalog import ModelEntry
-from image_worker.commands.facts import Places, PreparedFolder
+from image_worker.commands.facts import Downloads, Places, PreparedFolder
+from image_worker.commands.fetched import InUse, fetched
 from image_worker.commands.removable import MANIFEST, made_of, measure
 from image_worker.errors import WorkerError
 from image_worker.settings import Settings
@@ -38,6 +39,7 @@ def look_at_places(settings: Settings, entry: ModelEntry, volume: Path = VOLUME)
         prepared=_prepared(folder / "prepared"),
         volume=volume.is_dir(),
         in_volume=folder.resolve().is_relative_to(volume),
+        downloads=_downloads(folder),
     )
 
 
@@ -77,6 +79,17 @@ def _has_adapter(settings: Settings, entry: ModelEntry) -> bool:
 def _partial(model_dir: Path, repo: str) -> int:
     """Bytes of it in the hub's cache, whole files and cut off ones."""
     return measure(model_dir / f"models--{repo.replace('/', '--')}" / "blobs")[0]
+
+
+def _downloads(folder: Path) -> tuple[Downloads, ...]:
+    """What `clean` would find, whole files alone."""
+    items = fetched(folder, 0.0, InUse())
+    found = []
+    for kind in ("loras", "checkpoints"):
+        sizes = [item.size for item in items if item.kind == kind]
+        if sizes:
+            found.append(Downloads(kind, len(sizes), sum(sizes)))
+    return tuple(found)
 
 
 def _prepared(home: Path) -> tuple[PreparedFolder, ...]:

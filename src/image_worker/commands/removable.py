@@ -1,7 +1,7 @@
-"""What of MODEL_DIR can be made or fetched again: found by the names that this project gives it.
+"""What of MODEL_DIR can be made again, by the names that this project gives it; and removing that.
 
-Symbolic links are never followed: what is one, or behind one, stays. Neither are snapshots and
-whole files of the hub's cache looked at.
+Symbolic links are never followed: what is one, or behind one, stays. What can be downloaded again
+is in `fetched.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,7 @@ from typing import Literal
 
 from image_worker.errors import InvalidSettings
 
-Kind = Literal["prepared", "kernels", "downloads"]
-KINDS: tuple[Kind, ...] = ("prepared", "kernels", "downloads")
+Kind = Literal["prepared", "kernels", "downloads", "loras", "checkpoints"]
 MANIFEST = "manifest.json"
 LEASE_SECONDS = 60.0  # as `model/prepared.py` has it, which imports torch
 
@@ -29,9 +28,8 @@ _KEY = r"(?P<key>(?:[\w.-]+-)?[0-9a-f]{16}(?:-whole)?)"
 _FOLDER = re.compile(_KEY)
 _LEFTOVER = re.compile(rf"\.{_KEY}\.(?:[0-9a-f]{{32}}\.(?P<what>partial|damaged)|lease)")
 _CLOCK = re.compile(r"\.[0-9a-f]{32}\.clock")
-_HASH = re.compile(r"[0-9a-f]{16}")
 _KERNELS = ("triton", "cuda")
-_LINK = "it is a symbolic link"
+LINK = "it is a symbolic link"
 _WRITTEN = "it is being written"
 
 
@@ -65,16 +63,9 @@ def checked(model_dir: Path) -> Path:
     return folder
 
 
-def find(folder: Path, silence: float) -> list[Item]:
-    """Everything of these kinds in a MODEL_DIR that was checked.
-
-    silence: seconds without a byte, after which a download counts as dead.
-    """
-    return [
-        *_prepared(folder / "prepared"),
-        *_kernels(folder / "kernels"),
-        *_downloads(folder, silence),
-    ]
+def made(folder: Path) -> list[Item]:
+    """Prepared weights and compiled kernels in a MODEL_DIR that was checked."""
+    return [*_prepared(folder / "prepared"), *_kernels(folder / "kernels")]
 
 
 def made_of(folder: Path) -> tuple[str, str] | None:
@@ -109,7 +100,7 @@ def remove(item: Item) -> tuple[int, str | None]:
     """Bytes that are free now, and why not all of them are."""
     path = item.path
     if path.is_symlink() or path.parent.resolve() != path.parent:
-        return 0, _LINK
+        return 0, LINK
     before, changed = measure(path)
     if changed > item.changed:
         return 0, "it has changed since it was listed"
@@ -142,13 +133,13 @@ def _why(error: OSError) -> str | None:
 
 def _prepared(home: Path) -> Iterator[Item]:
     if home.is_symlink():
-        yield Item("prepared", home, 0, 0.0, "prepared weights", _LINK)
+        yield Item("prepared", home, 0, 0.0, "prepared weights", LINK)
         return
-    paths = sorted(path for path in _children(home) if _about(path) is not None)
+    paths = sorted(path for path in children(home) if _about(path) is not None)
     now = _now(home) if paths else 0.0
     for path in paths:
         size, changed = measure(path)
-        stays = _LINK if path.is_symlink() else None
+        stays = LINK if path.is_symlink() else None
         if stays is None and _is_in_use(path, now, changed):
             stays = _WRITTEN
         about = _about(path) or "vanished"
@@ -183,46 +174,20 @@ def _is_in_use(path: Path, now: float, changed: float) -> bool:
 
 def _kernels(home: Path) -> Iterator[Item]:
     if home.is_symlink():
-        yield Item("kernels", home, 0, 0.0, "compiled kernels", _LINK)
+        yield Item("kernels", home, 0, 0.0, "compiled kernels", LINK)
         return
     for name in _KERNELS:
         path = home / name
         if path.is_symlink():
-            yield Item("kernels", path, 0, 0.0, "compiled kernels", _LINK)
+            yield Item("kernels", path, 0, 0.0, "compiled kernels", LINK)
         elif path.is_dir():
             size, changed = measure(path)
             age = time.time() - changed
             yield Item("kernels", path, size, age, "compiled kernels", None, changed)
 
 
-def _downloads(folder: Path, silence: float) -> Iterator[Item]:
-    """Of the hub's cache, and of checkpoints that came from elsewhere."""
-    for repo in sorted(folder.glob("models--*")):
-        about = repo.name.removeprefix("models--").replace("--", "/")
-        yield from _cut_off([repo, repo / "blobs"], about, silence)
-    home = folder / "checkpoints"
-    for place in sorted(home.glob("*")):
-        if _HASH.fullmatch(place.name):
-            yield from _cut_off([home, place], "a checkpoint", silence)
-
-
-def _cut_off(way: Sequence[Path], about: str, silence: float) -> Iterator[Item]:
-    """way: the folders that lead to the files, the last one with them in it."""
-    for folder in way:
-        if folder.is_symlink():
-            yield Item("downloads", folder, 0, 0.0, about, _LINK)
-            return
-    for path in sorted(way[-1].glob("*.incomplete")):
-        size, changed = measure(path)
-        age = time.time() - changed
-        if path.is_symlink():
-            yield Item("downloads", path, 0, age, about, _LINK)
-        elif path.is_file():
-            stays = "it may be arriving" if age < silence else None
-            yield Item("downloads", path, size, age, about, stays, changed)
-
-
-def _children(folder: Path) -> list[Path]:
+def children(folder: Path) -> list[Path]:
+    """What is in a folder; nothing, if there is none."""
     try:
         return list(folder.iterdir())
     except OSError:

@@ -17,7 +17,8 @@ from urllib.parse import unquote, urlsplit
 
 from requests import Response
 
-from image_worker.catalog import CATALOG
+from image_worker.catalog import CATALOG, HubFile
+from image_worker.checkpoints import published
 from image_worker.errors import InvalidLora, LoraUnavailable
 from image_worker.job.network import Wanted, within
 
@@ -26,6 +27,7 @@ _SUFFIX = ".safetensors"
 _SECURE = ("https://",)
 _LORA = Wanted("the LoRA", InvalidLora, LoraUnavailable, _SECURE)
 _READ = 2**20
+PART = ("fetching-", ".incomplete")  # what a file's name begins and ends with while it arrives
 _LIGHTNING = {file.repo for entry in CATALOG.values() for file in entry.lightning.values()}
 _LONGEST_NAME = 200  # characters
 
@@ -86,6 +88,8 @@ def parse(text: str) -> Source:
             raise ValueError(f"the path of a LoRA's URL must end in {_SUFFIX}")
         return AtUrl(text)
     on_hub = _ON_HUB.fullmatch(text)
+    if on_hub and published(HubFile(on_hub["repo"], on_hub["path"])):
+        raise ValueError("this file is a whole transformer, which no job chooses, and no LoRA")
     if on_hub and on_hub["repo"] in _LIGHTNING:
         raise ValueError(
             "Lightning needs a schedule of its own: the worker's settings choose it, not a job"
@@ -122,7 +126,8 @@ def _download(url: str, place: Path, max_bytes: int, deadline: float) -> None:
 
 def _write(response: Response, place: Path, max_bytes: int, deadline: float) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=place.parent, suffix=".incomplete")
+    before, after = PART
+    handle, part = tempfile.mkstemp(dir=place.parent, prefix=before, suffix=after)
     try:
         with os.fdopen(handle, "wb") as stream:
             # read1 returns after one read of the socket, so a slow drip meets the deadline.

@@ -47,19 +47,26 @@ WRITE = 2**20  # bytes; also the most that a killed process loses of a file
 class Snapshot:
     """One revision of a repo on the hub, and the folder of `cache` that holds it."""
 
-    def __init__(self, repo: str, revision: str, cache: Path, timeout: float) -> None:
-        """Asks the hub which files there are. timeout: seconds without progress, here and later.
+    def __init__(
+        self, repo: str, revision: str, cache: Path, timeout: float, token: bool = True
+    ) -> None:
+        """Asks the hub which files there are.
+
+        timeout: seconds without progress, here and later; token: asks with the operator's, if there
+        is one. Without, only what is public is had.
 
         Raises:
             ModelUnavailable: the hub does not say.
         """
         self._repo, self._revision, self._cache, self._timeout = repo, revision, cache, timeout
+        self._token = None if token else False  # None: as the environment has it
         self._name = f"{repo}@{revision}"
         self._storage = cache / f"models--{repo.replace('/', '--')}"
         self._locks = cache / ".locks" / self._storage.name
         self._stop = threading.Event()
         self._commit, self._files = self._try(
-            f"the list of files of {self._name}", partial(list_files, repo, revision)
+            f"the list of files of {self._name}",
+            partial(list_files, repo, revision, token=self._token),
         )
         self._folder = self._storage / "snapshots" / self._commit
 
@@ -189,7 +196,7 @@ class Snapshot:
             if position == file.size:
                 return
             url = hf_hub_url(self._repo, file.path, revision=self._commit)
-            headers = build_hf_headers()
+            headers = build_hf_headers(token=self._token)
             headers |= {"Accept-Encoding": "identity", "Range": f"bytes={position}-"}
             timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
             with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:

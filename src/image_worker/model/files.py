@@ -65,26 +65,33 @@ def model_in_model_dir(entry: ModelEntry, settings: Settings) -> Path | None:
     return caches.snapshot(repo, _revision(entry, settings), settings.model_dir)
 
 
-def find_adapter(file: HubFile, settings: Settings) -> Path:
-    """The path of one adapter file.
+def find_adapter(file: HubFile, settings: Settings, cache: Path | None = None) -> Path:
+    """The path of one file of the operator's. cache: for downloads, instead of `MODEL_DIR`.
 
     Raises:
         ModelUnavailable: the file is missing and may not, or cannot, be downloaded.
     """
-    if Path(file.repo).is_dir():
-        path = Path(file.repo) / file.path
-        if not path.is_file():
+    if (folder := Path(file.repo)).is_dir():
+        if not (path := folder / file.path).is_file():
             raise ModelUnavailable(f"the adapter file {file.path} is missing")
         return path
-    return find_on_hub(file, settings)
+    others = [other for other in _caches(settings) if cache or other != settings.model_dir]
+    return find_on_hub(file, settings, cache or settings.model_dir, others)
 
 
-def find_on_hub(file: HubFile, settings: Settings, max_bytes: int | None = None) -> Path:
-    """The path of one file of the hub. max_bytes: more are not downloaded.
+def find_on_hub(
+    file: HubFile,
+    settings: Settings,
+    cache: Path,
+    others: Iterable[Path] = (),
+    *,
+    max_bytes: int | None = None,
+    token: bool = True,
+) -> Path:
+    """The path of one file of the hub, in `others`, or in `cache`, to where it is downloaded.
 
-    Raises:
-        ModelMismatch: it has more.
-        ModelUnavailable: as `find_adapter`.
+    max_bytes: more are not downloaded, which is a ModelMismatch; token: as of `Snapshot`; other
+    errors are as of `find_adapter`.
     """
 
     def in_cache(cache: Path) -> Path:
@@ -94,13 +101,13 @@ def find_on_hub(file: HubFile, settings: Settings, max_bytes: int | None = None)
         return Path(path)
 
     def download(settings: Settings) -> Path:
-        snapshot = Snapshot(file.repo, file.revision, settings.model_dir, settings.download_timeout)
+        snapshot = Snapshot(file.repo, file.revision, cache, settings.download_timeout, token)
         if max_bytes is not None and snapshot.size(file.path) > max_bytes:
             raise ModelMismatch(f"{file.path} has more than {max_bytes / 1e6:g} MB")
         return snapshot.fetch([file.path]) / file.path
 
     name = f"{file.repo}/{file.path}@{file.revision}"
-    place, reasons = caches.look(_caches(settings), name, in_cache, log.warning)
+    place, reasons = caches.look([*others, cache], name, in_cache, log.warning)
     return place or _download(name, settings, reasons, download)
 
 
@@ -246,7 +253,7 @@ def _download(
         raise ModelUnavailable(
             f"{name} is not on this machine {here}, and LOCAL_ONLY=1 forbids downloads"
         )
-    log.info("downloading %s to %s", name, settings.model_dir)
+    log.info("downloading %s", name)
     return fetch(settings)
 
 

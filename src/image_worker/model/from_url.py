@@ -21,6 +21,7 @@ from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
+FOLDER = "checkpoints"  # of MODEL_DIR: what is here for CHECKPOINT alone
 _TIMEOUT = 30.0  # seconds without a byte, after which the request is made again
 
 
@@ -43,17 +44,27 @@ def find_text_encoder(settings: Settings) -> Path:
 def _find(source: Path | HubFile | str, settings: Settings) -> Path:
     if isinstance(source, Path):
         return source
-    return (
-        files.find_adapter(source, settings)
-        if isinstance(source, HubFile)
-        else _url(source, settings)
-    )
+    if isinstance(source, HubFile):
+        return files.find_adapter(source, settings, settings.model_dir / FOLDER)
+    return _url(source, settings)
+
+
+def checkpoint_here(settings: Settings) -> Path | None:
+    """The same, if it is on this machine.
+
+    Raises:
+        InvalidSettings: `CHECKPOINT` names nothing.
+    """
+    try:
+        return find_checkpoint(settings.model_copy(update={"local_only": True}))
+    except ModelUnavailable:
+        return None
 
 
 def _url(url: str, settings: Settings) -> Path:
     """Kept by the hash of its address, since two may have the same name."""
     name = PurePosixPath(urlsplit(url).path).name or "checkpoint"
-    folder = settings.model_dir / "checkpoints" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = settings.model_dir / FOLDER / hashlib.sha256(url.encode()).hexdigest()[:16]
     place = folder / name
     if place.is_file():
         return place

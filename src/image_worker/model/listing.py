@@ -37,8 +37,12 @@ class ListedFile:
             return bool(git_hash(stream.read()) == self.checksum)
 
 
-def list_files(repo: str, revision: str) -> tuple[str, dict[str, ListedFile]]:
+def list_files(
+    repo: str, revision: str, token: bool | None = None
+) -> tuple[str, dict[str, ListedFile]]:
     """The commit that `revision` stands for, and its files by their paths. Asks once.
+
+    token: None: with the environment's, if there is one; False: without.
 
     Raises:
         ModelUnavailable: the answer is none of a hub.
@@ -49,6 +53,7 @@ def list_files(repo: str, revision: str) -> tuple[str, dict[str, ListedFile]]:
             revision=revision,
             files_metadata=True,
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            token=token,
         )
         return bytes.fromhex(info.sha).hex(), {f.rfilename: ListedFile.of(f) for f in info.siblings}
     except (ValueError, LookupError, TypeError) as error:

@@ -50,11 +50,12 @@ _OTHERS = {
     "lora_magnitude_vector": "DoRA",
     "oft_": "OFT",
     "lora_mid": "LoRA of convolutions",
+    "qweight": "a whole transformer in nunchaku's format",
     "diff": "changes of whole weights or biases",
     "diff_b": "changes of whole weights or biases",
 }
 _OTHER = re.compile(
-    r".*\.(?P<name>hada_|lokr_|oft_|lora_mid|dora_scale|lora_magnitude_vector|"
+    r".*\.(?P<name>hada_|lokr_|oft_|lora_mid|qweight|dora_scale|lora_magnitude_vector|"
     r"lora_[AB](?:\.\w+)?\.bias|lora_up\.bias|diff_b|diff)[\w.]*"
 )
 _METADATA = "lora_adapter_metadata"  # diffusers' name for peft's configuration

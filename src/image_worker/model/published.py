@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,8 @@ class FullSize:
     """A full-size model as a plan sees it.
 
     host: bytes that are served from the host's memory, at any precision; modulation: of layers that
-    stay on disk; checkpoint, lora: of the files that are downloaded.
+    stay on disk; checkpoint, lora: of the files that are downloaded; transformer: those of the
+    checkpoint that are its.
     """
 
     shape: Shape
@@ -38,6 +40,7 @@ class FullSize:
     host: int
     modulation: int
     checkpoint: int
+    transformer: int
     lora: int
 
     def prepared(self, precision: Precision, *, whole: bool = False) -> int:
@@ -45,13 +48,18 @@ class FullSize:
         return self.sizes[precision].total + self.host + (self.modulation if whole else 0)
 
 
+def configs_of(entry: ModelEntry) -> dict[str, dict[str, Any]]:
+    """Each component's configuration, for a model of the catalogue."""
+    configs = components.read_configs(FOLDER)
+    configs["transformer"]["zero_cond_t"] = entry.name in ZERO_COND_T
+    return configs
+
+
 def full_size(entry: ModelEntry, settings: Settings) -> FullSize:
     """Of a model of the catalogue, or of another one of the same architecture.
 
     Modules are made without memory for their weights: it takes half a second.
     """
-    configs = components.read_configs(FOLDER)
-    configs["transformer"]["zero_cond_t"] = entry.name in ZERO_COND_T
     encoder = weights.shapes_of(components.TEXT_ENCODER.empty(FOLDER / "text_encoder"))
     transformer = weights.shapes_of(components.TRANSFORMER.empty(FOLDER / "transformer"))
     embedding = sum(
@@ -65,11 +73,12 @@ def full_size(entry: ModelEntry, settings: Settings) -> FullSize:
     # The checkpoint has the text encoder's output layer, too, which is as large as its embedding.
     values = _count(encoder) + embedding + _count(transformer)
     return FullSize(
-        shape=components.shape(entry, configs),
+        shape=components.shape(entry, configs_of(entry)),
         sizes=components.sizes(FOLDER, settings, torch.bfloat16, has_weights=False),
         host=_BYTES * embedding,
         modulation=_BYTES * _count(on_disk),
         checkpoint=_BYTES * values + _VAE_BYTES,
+        transformer=_BYTES * _count(transformer),
         lora=_BYTES * _lora_values(transformer),
     )
 

@@ -84,6 +84,7 @@ def loras_of(entry: ModelEntry, settings: Settings) -> list[HubFile]:
     Raises:
         InvalidSettings: the model has none for that number of steps.
     """
+    checkpoints.check_lightning(settings)
     if not settings.use_lightning_lora or checkpoints.lightning_of(settings):
         return []
     file = entry.lightning.get(settings.lightning_steps)

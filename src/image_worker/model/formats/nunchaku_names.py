@@ -40,7 +40,8 @@ class Quantisation:
 
 def is_nunchaku(file: TensorFile) -> bool:
     """Whether a file is of this kind, in int4 or in what this worker does not read."""
-    return _KEY in file.metadata and any(name.endswith(".qweight") for name in file.parts)
+    leaves = {name.rpartition(".")[2] for name in file.parts}
+    return "qweight" in leaves and (_KEY in file.metadata or "smooth_factor" in leaves)
 
 
 def quantisation(file: TensorFile) -> Quantisation:
@@ -49,6 +50,7 @@ def quantisation(file: TensorFile) -> Quantisation:
     Raises:
         ModelMismatch: it is not SVDQuant in int4, or not of a Qwen-Image model; says what it is.
     """
+    _refuse_fp4(file)
     known, config = _json(file, _KEY), _json(file, "config")
     weight, activation = (_part(known, name) for name in ("weight", "activation"))
     facts = {
@@ -72,6 +74,16 @@ def quantisation(file: TensorFile) -> Quantisation:
     parsed = TransformerConfig.parse(config)
     _check_sizes(file, parsed)
     return Quantisation(parsed, rank)
+
+
+def _refuse_fp4(file: TensorFile) -> None:
+    """Recognised by its scales, which are in FP8, whatever the metadata say."""
+    for name, part in file.parts.items():
+        if name.endswith(".wscales") and part.dtype == torch.float8_e4m3fn:
+            raise ModelMismatch(
+                f"{file.path.name} is in nunchaku's fp4, for Blackwell cards ({name} is in FP8), "
+                "which this worker does not read; take the file of that name in int4 (svdq-int4)"
+            )
 
 
 def _check_sizes(file: TensorFile, config: TransformerConfig) -> None:
