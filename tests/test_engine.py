@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from image_worker import blame
 from image_worker import engine as engine_module
 from image_worker.edit import conditions, fitting
 from image_worker.edit import denoise as denoise_module
@@ -403,7 +404,7 @@ def test_a_lost_card_answers_everyone_and_ends_the_engine(
     running = stage.engine.submit(order(seed=1))
     stage.reach_step()
     waiting = stage.engine.submit(order(seed=2, size=(256, 256)))
-    monkeypatch.setattr(engine_module, "card_is_lost", lambda: True)
+    monkeypatch.setattr(blame, "card_is_lost", lambda: True)
 
     def fail(*_: Any) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
@@ -424,7 +425,7 @@ def test_a_card_lost_while_a_job_begins_answers_that_job(
     def fail(*_: Any) -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
-    monkeypatch.setattr(engine_module, "card_is_lost", lambda: True)
+    monkeypatch.setattr(blame, "card_is_lost", lambda: True)
     monkeypatch.setattr(engine_module, "encode_prompts", fail)
     with pytest.raises(CardLost):
         engine.submit(order()).result(SECONDS)
