@@ -10,9 +10,9 @@ from image_worker.catalog import CATALOG, ModelEntry
 from image_worker.commands.facts import Card, Forecast, Row
 from image_worker.errors import DoesNotFit, InvalidSettings
 from image_worker.model import numbers
+from image_worker.model.full_sizes import FullSize, full_size
 from image_worker.model.hardware import GIB, Hardware
 from image_worker.model.placement import Plan, plan
-from image_worker.model.published import FullSize, full_size
 from image_worker.settings import Precision, Settings
 
 # Of the README's table of whole jobs: 1024² with one reference, Lightning 4 steps, everything on
