@@ -35,19 +35,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     command.add_argument(
         "--seeds", type=int, nargs="+", metavar="SEED", help="of the runs in turn (default: 1, 2…)"
     )
-    command.add_argument(
-        "--image", type=Path, nargs="+", default=[], metavar="FILE", help="one to four pictures"
-    )
-    command.add_argument("--prompt", help="what to do (default: the job of test_input.json)")
-    command.add_argument("--steps", type=int, metavar="N", help="denoising steps")
-    command.add_argument(
-        "--lora",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="run each way once more, with these merged",
-    )
+    _add_job_to(command)
     command.add_argument(
         "--out",
         type=Path,
@@ -61,6 +49,23 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     again.add_argument("--fresh", action="store_true", help="forget what FOLDER has")
     command.set_defaults(run=run)
+
+
+def _add_job_to(command: argparse.ArgumentParser) -> None:
+    """What all ways do, and with which LoRAs each does it once more."""
+    command.add_argument(
+        "--image", type=Path, nargs="+", default=[], metavar="FILE", help="one to four pictures"
+    )
+    command.add_argument("--prompt", help="what to do (default: the job of test_input.json)")
+    command.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    command.add_argument(
+        "--lora",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="run each way once more, with these merged",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
