@@ -160,8 +160,13 @@ def write(folder: Path, units: Mapping[str, Unit], made_of: Mapping[str, Any]) -
         _remove_leftovers(folder.parent)
         for name in units:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        _check_room(folder.parent, _size(units))
-        files = _write_files(partial, units, lease)
+        total = sum(unit.layout.size for unit in units.values())
+        _check_room(folder.parent, total)
+        files = {}
+        with tqdm(total=total, desc="prepare", unit="B", unit_scale=True, disable=None) as bar:
+            for name, unit in units.items():
+                files[f"{name}.safetensors"] = _write_file(partial, name, unit, lease)
+                bar.update(unit.layout.size)
         manifest = {"code": CODE, "chunk": CHUNK, "made_of": made_of, "files": files}
         _write_json(partial / MANIFEST, manifest)
         for part in {partial, *(path.parent for path in partial.rglob("*"))}:
@@ -221,21 +226,6 @@ def _now(folder: Path) -> float:
         return probe.stat().st_mtime
     finally:
         probe.unlink(missing_ok=True)
-
-
-def _write_files(partial: Path, units: Mapping[str, Unit], lease: Lease) -> dict[str, Any]:
-    """Of each file what the manifest says of it."""
-    found = {}
-    total = _size(units)
-    with tqdm(total=total, desc="prepare", unit="B", unit_scale=True, disable=None) as bar:
-        for name, unit in units.items():
-            found[f"{name}.safetensors"] = _write_file(partial, name, unit, lease)
-            bar.update(unit.layout.size)
-    return found
-
-
-def _size(units: Mapping[str, Unit]) -> int:
-    return sum(unit.layout.size for unit in units.values())
 
 
 def _write_file(partial: Path, name: str, unit: Unit, lease: Lease) -> dict[str, Any]:
