@@ -1,9 +1,19 @@
-"""Comparing pictures."""
+"""Pictures as files, and compared."""
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import numpy as np
 from PIL import Image
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    """A picture's file, as Pillow writes it."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
 
 
 def psnr(found: Image.Image, expected: Image.Image) -> float:

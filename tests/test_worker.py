@@ -18,8 +18,8 @@ from image_worker.errors import BrokenPicture, DoesNotFit
 from image_worker.settings import Settings
 from image_worker.worker import Worker
 from tests.conftest import make_picture, mini_model
-from tests.job.test_images import bomb, encoded
-from tests.pictures import psnr
+from tests.job.test_images import bomb
+from tests.pictures import encoded, psnr
 from tests.worker_jobs import as_base64, job, picture
 
 

@@ -23,6 +23,7 @@ from image_worker.bench.stock import (
 from image_worker.catalog import CATALOG, ModelEntry
 from image_worker.model.configs import PATCH, TransformerConfig
 from image_worker.model.skeleton import Skeleton
+from image_worker.model.transformer import Row
 
 __all__ = [
     "PilProcessor",
@@ -37,6 +38,7 @@ __all__ = [
     "text_encoder",
     "tokenizer",
     "transformer",
+    "velocity",
 ]
 
 
@@ -51,6 +53,21 @@ def transformer(source: Skeleton) -> Any:
     made = QwenImageTransformer2DModel(**options(source.config) | {"num_layers": blocks})
     made.load_state_dict(source.state_dict(), assign=True)
     return made.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def velocity(transformer: Any, row: Row) -> torch.Tensor:
+    """What diffusers' module makes of a row's picture: (tokens, channels)."""
+    _, height, width = row.shapes[0]
+    output = transformer(
+        hidden_states=row.image[None],
+        encoder_hidden_states=row.text[None],
+        timestep=torch.tensor([row.timestep], dtype=row.image.dtype),
+        img_shapes=[list(row.shapes)],
+        return_dict=False,
+    )[0]
+    found: torch.Tensor = output[0, : height * width]
+    return found
 
 
 def tokenizer() -> Qwen2Tokenizer:

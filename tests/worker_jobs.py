@@ -9,13 +9,12 @@ from typing import Any
 from PIL import Image
 
 from tests.conftest import make_picture
+from tests.pictures import encoded
 
 
 def as_base64(image: Image.Image, form: str = "PNG") -> str:
     """A picture as callers send it."""
-    buffer = io.BytesIO()
-    image.save(buffer, form)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(encoded(image, form)).decode()
 
 
 def job(**options: Any) -> dict[str, Any]:

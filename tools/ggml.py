@@ -34,7 +34,8 @@ def quantise(values: Array, name: str) -> Array:
     if values.dtype == np.uint8:
         return values
     if name not in _QUANTISERS:
-        return gguf.quants.quantize(values, GGMLQuantizationType[name])
+        found: Array = gguf.quants.quantize(values, GGMLQuantizationType[name])
+        return found
     blocks = values.astype(np.float32).reshape(-1, 256)
     return _QUANTISERS[name](blocks).reshape(len(values), -1)
 
@@ -105,7 +106,8 @@ def _packed(codes: Array, bits: int, run: int) -> Array:
     """(N, bytes) uint8: of each 8 / bits runs of codes, the first in the lowest bits."""
     runs = codes.reshape(len(codes), -1, 8 // bits, run)
     shifts = np.arange(8 // bits).reshape(-1, 1) * bits
-    return np.bitwise_or.reduce(runs << shifts, axis=2).reshape(len(codes), -1)
+    found: Array = np.bitwise_or.reduce(runs << shifts, axis=2).reshape(len(codes), -1)
+    return found
 
 
 def _joined(*parts: Array) -> Array:

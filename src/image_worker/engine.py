@@ -12,12 +12,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
+from image_worker.blame import blamed_on, blamed_on_nobody, settle, together_or_alone
 from image_worker.edit.batching import ENOUGH_TOKENS, Limits, Load, joins
 from image_worker.edit.conditions import (
     Conditions,
@@ -28,10 +29,9 @@ from image_worker.edit.conditions import (
 from image_worker.edit.decode import decode_pixels, preview
 from image_worker.edit.denoise import Picture, check, start, step
 from image_worker.edit.fitting import what_fits
-from image_worker.errors import CardLost, OutOfMemory, WorkerError
+from image_worker.errors import CardLost, OutOfMemory
 from image_worker.model.build import Model
 from image_worker.model.memory import (
-    card_is_lost,
     card_memory,
     memory_errors,
     side_stream,
@@ -175,7 +175,7 @@ class Engine:
         for task in tasks:
             task.passed("wait")
         for task in tasks:
-            with self._blamed_on(task):
+            with blamed_on(task):
                 task.pictures = task.pictures or self._pictures(self.model, task.order)
                 wait_for_card()
                 task.passed("encode")
@@ -201,32 +201,23 @@ class Engine:
         ]
 
     def _step(self, tasks: Sequence[Task]) -> None:
-        """One step of every picture. If that fails, each job is tried alone: it is one's fault."""
-        tasks = [task for task in tasks if not task.future.done()]
+        """One step of every picture."""
+        together_or_alone([task for task in tasks if not task.future.done()], self._advance)
+
+    def _advance(self, tasks: Sequence[Task]) -> None:
+        """A step of every picture; of none, if it fails."""
         pictures = [picture for task in tasks for picture in task.pictures if not picture.done]
         if not pictures:
             return
-        if len(tasks) == 1:
-            with self._blamed_on(tasks[0]):
-                try:
-                    self._advance(tasks, pictures)
-                except OutOfMemory as error:
-                    raise OutOfMemory(self._what_fits(tasks[0]) or error.message) from None
-            return
-        try:
-            self._advance(tasks, pictures)
-            return
-        except Exception as error:
-            if _is_everyones(error):
-                raise
-        for task in tasks:  # if it fails again, it is that job's
-            self._step([task])
-
-    def _advance(self, tasks: Sequence[Task], pictures: Sequence[Picture]) -> None:
         # Made on the side stream, to which their memory returns as soon as nobody holds them: the
         # next job would be begun in it while the card still reads them.
         held = [picture.latents for picture in pictures]
-        step(self.model, pictures, self.limits)
+        try:
+            step(self.model, pictures, self.limits)
+        except OutOfMemory as error:
+            if len(tasks) > 1:
+                raise
+            raise OutOfMemory(self._what_fits(tasks[0]) or error.message) from None
         self._begin_ahead()
         wait_for_card()
         del held
@@ -243,13 +234,9 @@ class Engine:
         if self._aside is None or task is None:
             return
         task.tried_ahead = True
-        try:
-            with memory_errors("encoding"), torch.cuda.stream(self._aside):
-                task.pictures = self._pictures(self._ahead, task.order)
-        except Exception as error:
-            if _is_everyones(error):
-                raise
-            log.warning("a job could not be begun ahead; it will be in its turn", exc_info=True)
+        told = "a job could not be begun ahead; it will be in its turn"
+        with blamed_on_nobody(told), memory_errors("encoding"), torch.cuda.stream(self._aside):
+            task.pictures = self._pictures(self._ahead, task.order)
 
     def _next_ahead(self) -> Task | None:
         """The first job, within a batch's worth of pictures, that was not tried to begin yet."""
@@ -271,48 +258,24 @@ class Engine:
         for task in tasks:
             if task.order.watcher and not task.future.done():
                 first = task.pictures[0]
-                try:
+                with blamed_on_nobody("progress could not be told"):
                     wanted = task.order.previews and not task.done
                     with memory_errors("a preview"):
                         shown = preview(self.model, first) if wanted else None
                     task.order.watcher(first.step, len(first.levels) - 1, shown)
-                except Exception as error:
-                    if _is_everyones(error):
-                        raise
-                    log.warning("progress could not be told", exc_info=True)
 
     def _end(self, tasks: list[Task]) -> None:
         """Decodes."""
         for task in tasks:
             task.passed("denoise")
-            with self._blamed_on(task):
+            with blamed_on(task):
                 for picture in task.pictures:
                     check(picture)
                 pixels = [decode_pixels(self.model, picture) for picture in task.pictures]
                 task.passed("decode")
                 together = sum(task.company) / len(task.company)
-                self._settle(task, Made(pixels, task.seconds, together))
+                settle(task, Made(pixels, task.seconds, together))
         self._running = [task for task in self._running if not task.future.done()]
-
-    @contextmanager
-    def _blamed_on(self, task: Task) -> Iterator[None]:
-        """A failure in here is this job's, unless the card is lost with it."""
-        try:
-            with memory_errors("this job"):
-                yield
-        except Exception as error:
-            if _is_everyones(error):
-                raise
-            self._settle(task, error)
-
-    def _settle(self, task: Task, outcome: Made | Exception) -> None:
-        try:
-            if isinstance(outcome, Exception):
-                task.future.set_exception(outcome)
-            else:
-                task.future.set_result(outcome)
-        except InvalidStateError:
-            pass  # settled already, or cancelled meanwhile
 
     def _abandon(self, begun: Sequence[Task], error: Exception) -> None:
         """Answers every job at once, and takes no more: the process must be replaced.
@@ -325,11 +288,4 @@ class Engine:
             tasks = [*begun, *self._running, *self._waiting]
             self._running, self._waiting = [], deque()
         for task in tasks:
-            self._settle(task, CardLost("the worker's card failed; try again on another worker"))
-
-
-def _is_everyones(error: Exception) -> bool:
-    """Whether no job is to blame, and none can run any more."""
-    if isinstance(error, WorkerError):
-        return isinstance(error, CardLost)
-    return card_is_lost()
+            settle(task, CardLost("the worker's card failed; try again on another worker"))

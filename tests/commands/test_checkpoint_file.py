@@ -26,7 +26,7 @@ from image_worker.errors import WorkerError
 from image_worker.model.components import is_modulation
 from image_worker.model.configs import TransformerConfig
 from image_worker.model.formats.nunchaku_names import Names
-from image_worker.model.published import configs_of
+from image_worker.model.full_sizes import configs_of
 from image_worker.model.skeleton import Skeleton
 from tests.commands.test_doctor import (
     LARGE,

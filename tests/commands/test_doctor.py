@@ -33,7 +33,7 @@ from image_worker.commands.facts import (
 )
 from image_worker.commands.findings import findings, served
 from image_worker.commands.forecast import MEASURED, MEASURED_ON, forecast
-from image_worker.model.published import FullSize, full_size
+from image_worker.model.full_sizes import FullSize, full_size
 from image_worker.settings import Settings
 
 GIB = 2**30

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import gc
-import io
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from image_worker.job.network import within
 from image_worker.job.request import EditRequest, summary
 from tests.conftest import make_picture
 from tests.job.test_images import profile
+from tests.pictures import encoded
 
 REQUESTS = IMAGES = 1000
 SECONDS = 10.0  # that no input may take: far above all, far below a hang
@@ -134,12 +134,7 @@ def samples() -> list[bytes]:
         (picture, "BMP", {}),
         (picture.quantize(16), "BMP", {}),
     ]
-    files = []
-    for image, form, options in kinds:
-        buffer = io.BytesIO()
-        image.save(buffer, form, **options)
-        files.append(buffer.getvalue())
-    return files
+    return [encoded(image, form, **options) for image, form, options in kinds]
 
 
 def mutated(rng: random.Random, files: list[bytes]) -> bytes:

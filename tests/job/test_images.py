@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import io
 import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from image_worker.errors import ImageUnavailable, InvalidImage, WorkerError
+from image_worker.errors import InvalidImage
 from image_worker.job import images
 from image_worker.job.budget import Budget
 from image_worker.job.request import ImageSource
 from tests.conftest import make_picture
-from tests.job.internet import PUBLIC, Internet, serving
-from tests.job.test_network import PRIVATE
-from tests.waiting import SECONDS, eventually
+from tests.pictures import encoded
+from tests.waiting import SECONDS
 from tests.worker_jobs import as_base64
-
-
-def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 def load(sources: Sequence[tuple[str, ImageSource]]) -> list[Image.Image]:
@@ -292,183 +282,6 @@ def test_the_field_at_fault_is_named() -> None:
     assert caught.value.field == "images[1]"
 
 
-def test_the_bytes_of_a_job_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = as_base64(make_picture())
-    monkeypatch.setattr(
-        images, "Allowance", lambda: _Allowance(size=len(base64.b64decode(text)) * 2)
-    )
-    pair = [(f"images[{number}]", ImageSource(base64=text)) for number in range(2)]
-    assert len(load(pair)) == 2
-    with pytest.raises(InvalidImage, match="in all"):
-        load([*pair, ("images[2]", ImageSource(base64=text))])
-
-
-_Allowance = images.Allowance
-
-
-class _Server(BaseHTTPRequestHandler):
-    picture = encoded(make_picture(40, 30))
-
-    def do_GET(self) -> None:
-        if self.path == "/missing":
-            self.send_error(404)
-        elif self.path == "/endless":
-            self._start()
-            self._send(b"x" * 2**20, times=25)
-        elif self.path == "/declared":
-            self.send_response(200)
-            self.send_header("Content-Length", str(21 * 2**20))
-            self.end_headers()
-        elif self.path == "/busy":
-            self.send_error(503)
-        elif self.path == "/drip":
-            self._start()
-            self._send(b"x", times=100, pause=0.05)
-        elif self.path == "/headers":
-            self._send(b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n")
-            self._send(b"X-A: b\r\n", times=60, pause=0.05)
-        elif self.path == "/swollen":
-            self.send_response(200)
-            self.send_header("Content-Encoding", "gzip")
-            self.end_headers()
-            self._send(gzip.compress(b"\0" * 2**26))
-        elif self.path.startswith("/to?"):
-            self.send_response(302)
-            self.send_header("Location", unquote(self.path[4:]))
-            self.end_headers()
-        else:
-            self._start()
-            self._send(self.picture)
-
-    def _start(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-
-    def _send(self, data: bytes, times: int = 1, pause: float = 0.0) -> None:
-        try:
-            for _ in range(times):
-                self.wfile.write(data)
-                self.wfile.flush()
-                time.sleep(pause)
-        except OSError:
-            return  # the client has hung up, as it should
-
-    def log_message(self, *_: Any) -> None:
-        return
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with serving(_Server) as port:
-        yield f"http://127.0.0.1:{port}"
-
-
-@pytest.fixture
-def trusting(monkeypatch: Any) -> None:
-    """The SDK's own switch, so that a server on this machine can stand in for the internet."""
-    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
-
-
-def test_addresses_of_this_machine_are_refused(server: str) -> None:
-    for url in (server, "http://169.254.169.254/latest", "http://0x7f000001/", "http://[::1]/"):
-        with pytest.raises(InvalidImage, match="public address"):
-            images.fetch(url)
-
-
-def test_a_picture_is_fetched(server: str, trusting: None) -> None:
-    [found] = load([("image_url", ImageSource(url=f"{server}/picture"))])
-    assert found.size == (40, 30)
-
-
-@pytest.mark.parametrize(
-    ("path", "kind", "reason"),
-    [
-        ("/missing", InvalidImage, "answered 404"),
-        ("/busy", ImageUnavailable, "answered 503"),
-        ("/endless", InvalidImage, "over 20 MiB"),
-        ("/declared", InvalidImage, "over 20 MiB"),
-        ("/swollen", InvalidImage, "over 20 MiB"),
-        ("/to?file:///etc/passwd", InvalidImage, "not allowed"),
-        ("/to?ftp://a.example/x", InvalidImage, "not allowed"),
-        ("/to?http://[::1", InvalidImage, "not valid"),
-        ("/to?/to?/to?/to?/to?/to?/picture", InvalidImage, "too many"),
-    ],
-)
-def test_a_fetch_that_fails(
-    path: str, kind: type[WorkerError], reason: str, server: str, trusting: None
-) -> None:
-    with pytest.raises(kind, match=reason):
-        images.fetch(server + path)
-
-
-def test_the_bytes_of_a_download_count_too(server: str, trusting: None) -> None:
-    with pytest.raises(InvalidImage, match="in all"):
-        images.fetch(f"{server}/picture", images.Allowance(size=10))
-
-
-def test_a_few_redirects_are_followed(server: str, trusting: None) -> None:
-    assert images.fetch(server + "/to?/to?/picture") == _Server.picture
-
-
-@pytest.mark.parametrize("address", PRIVATE)
-def test_redirects_inside_are_refused(
-    address: str, server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    internet = Internet({"a.example": [[PUBLIC]], "b.example": [[address]]})
-    internet.port = int(server.rpartition(":")[2])
-    internet.install(monkeypatch)
-    host = f"[{address}]" if ":" in address else address
-    assert images.fetch("http://a.example/picture") == _Server.picture
-    for target in (host, "b.example"):
-        with pytest.raises(InvalidImage, match="public address"):
-            images.fetch(f"http://a.example/to?http://{target}/picture")
-    assert set(internet.dialled) == {PUBLIC}
-
-
-def test_the_pictures_of_a_job_share_one_deadline(
-    server: str, trusting: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(images, "Allowance", lambda: _Allowance(seconds=0.3))
-    sources = [
-        (f"images[{number}]", ImageSource(url=f"{server}/{path}"))
-        for number, path in enumerate(("drip", "headers", "drip", "headers"))
-    ]
-    start = time.monotonic()
-    with pytest.raises(ImageUnavailable) as caught:
-        load(sources)
-    assert time.monotonic() - start < 2
-    assert caught.value.field == "images[0]"
-
-
-@pytest.mark.parametrize("path", ["drip", "headers"])
-def test_a_slow_drip_ends_at_the_deadline(path: str, server: str, trusting: None) -> None:
-    before = threading.active_count()
-    start = time.monotonic()
-    with pytest.raises(ImageUnavailable, match=r"too slow|within"):
-        images.fetch(f"{server}/{path}", images.Allowance(seconds=0.3))
-    assert time.monotonic() - start < 2
-    for _ in range(100):
-        if threading.active_count() <= before + 1:  # the server's own thread may linger
-            break
-        time.sleep(0.05)
-    assert threading.active_count() <= before + 1, "the download's thread must end, too"
-
-
-@pytest.mark.parametrize(
-    ("url", "kind"),
-    [
-        ("http://127.0.0.1:1/x.png", ImageUnavailable),
-        ("http://no-such-host.invalid/x.png", ImageUnavailable),
-        ("http://[::1", InvalidImage),
-        ("http://127.0.0.1:99999/x.png", InvalidImage),
-        ("http://", InvalidImage),
-    ],
-)
-def test_a_url_that_leads_nowhere(url: str, kind: type[WorkerError], trusting: None) -> None:
-    with pytest.raises(kind):
-        images.fetch(url)
-
-
 def test_memory_that_runs_out_is_not_the_callers_fault(monkeypatch: Any) -> None:
     def fail(_: Any) -> None:
         raise MemoryError
@@ -476,96 +289,6 @@ def test_memory_that_runs_out_is_not_the_callers_fault(monkeypatch: Any) -> None
     monkeypatch.setattr(images, "_to_rgb", fail)
     with pytest.raises(MemoryError):
         images.decode(encoded(make_picture()))
-
-
-class Users:
-    """Threads that take of a budget until they are told to stop. holding: what, in its order."""
-
-    def __init__(self, budget: Budget) -> None:
-        self.holding: list[int] = []
-        self._budget = budget
-
-    def ask(self, amount: int) -> Callable[[], None]:
-        """Returns once the amount is held, or waited for. The result gives it back."""
-        stop, before = threading.Event(), self._known()
-
-        def hold() -> None:
-            with self._budget.take(amount):
-                self.holding.append(amount)
-                stop.wait(SECONDS)
-                self.holding.remove(amount)
-
-        thread = threading.Thread(target=hold)
-        thread.start()
-        eventually(lambda: self._known() == before + 1)
-
-        def release() -> None:
-            stop.set()
-            thread.join(SECONDS)
-
-        return release
-
-    def hold(self, *amounts: int) -> None:
-        """Returns once these are held, in this order."""
-        eventually(lambda: self.holding == list(amounts))
-
-    def _known(self) -> int:
-        return len(self.holding) + len(self._budget._queue)
-
-
-def test_a_budget_is_given_out_in_the_order_of_asking() -> None:
-    users = Users(Budget(10))
-    first, second = users.ask(6), users.ask(4)
-    users.hold(6, 4)
-    large, small = users.ask(5), users.ask(1)
-    second()
-    time.sleep(0.1)
-    assert users.holding == [6], "the small one would fit, but does not overtake the large one"
-    first()
-    users.hold(5, 1)
-    large()
-    small()
-
-
-def test_what_is_larger_than_the_budget_goes_alone() -> None:
-    users = Users(Budget(10))
-    small, large = users.ask(1), users.ask(1000)
-    time.sleep(0.1)
-    assert users.holding == [1]
-    small()
-    users.hold(1000)
-    later = users.ask(1)
-    time.sleep(0.1)
-    assert users.holding == [1000]
-    large()
-    users.hold(1)
-    later()
-
-
-def test_an_error_gives_back_what_was_taken() -> None:
-    budget = Budget(10)
-    with pytest.raises(ValueError), budget.take(10):
-        raise ValueError
-    users = Users(budget)
-    release = users.ask(10)
-    users.hold(10)
-    release()
-
-
-def test_who_gives_up_waiting_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    budget = Budget(10)
-
-    def interrupted(_: object) -> bool:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(budget._changed, "wait_for", interrupted)
-        with pytest.raises(KeyboardInterrupt), budget.take(10):
-            pass
-    users = Users(budget)
-    release = users.ask(10)
-    users.hold(10)
-    release()
 
 
 def source(width: int, height: int) -> tuple[str, ImageSource]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,8 @@ from hypothesis import strategies as st
 from image_worker.errors import InvalidLora, LoraUnavailable, WorkerError
 from image_worker.job import loras
 from image_worker.job.loras import AtUrl, InFolder, OnHub
-from tests.job.internet import serving
-from tests.job.test_images import _Server, trusting
+from tests.job.hostile_server import HostileServer
 
-__all__ = ["trusting"]
 LIMIT = 10**6
 
 
@@ -50,12 +47,6 @@ def test_no_name_leads_out_of_its_folder(text: str) -> None:
         assert "/" not in text and not text.startswith(".")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with serving(_Server) as port:
-        yield f"http://127.0.0.1:{port}"
-
-
 @pytest.fixture
 def plain_http(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a server on this machine can stand in for one with a certificate."""
@@ -67,7 +58,7 @@ def test_a_file_is_fetched_whole(
 ) -> None:
     place = tmp_path / "loras" / "x.safetensors"
     loras.fetch(server + "/to?/to?/picture", place, LIMIT)
-    assert place.read_bytes() == _Server.picture
+    assert place.read_bytes() == HostileServer.picture
     assert [path.name for path in place.parent.iterdir()] == ["x.safetensors"]
 
 

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from image_worker.kernels import fused, gguf, int8, nf4, products, svdq
+from image_worker.kernels import fused, gguf, heads, int8, nf4, products, svdq
 from tools.ggml import block_of
 
 BF16, FP16, FP8, INT8, FP32 = "*bf16", "*fp16", "*fp8e4nv", "*i8", "*fp32"
@@ -100,7 +100,7 @@ def kernels(capability: int) -> Iterator[Kernel]:
     flags = FLAGS | {"ROUND": False, "BLOCK": 4096}
     yield fused._norm_kernel, NORM | {"values": BF16, "scales": BF16}, flags, {"num_warps": 4}
     yield (
-        fused._heads_kernel,
+        heads._to_joint_kernel,
         {"qkv": BF16, "norms": BF16, "rope": FP32, "places": INDEX, "joint": BF16}
         | dict.fromkeys(("tokens", "text_tokens", "heads"), INT),
         {"SIZE": 128, "HEADS": 32},

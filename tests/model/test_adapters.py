@@ -19,15 +19,15 @@ from image_worker.model import adapters, lora_format
 from image_worker.model.adapters import Adapter, LowRank, Scaled
 from image_worker.model.components import TRANSFORMER
 from image_worker.model.lora import Lora, LoraPair
-from image_worker.model.transformer import ROUND_TO, Row, Transformer, velocities
+from image_worker.model.transformer import ROUND_TO, Transformer, velocities
 from image_worker.settings import Precision
 from tests import upstream
 from tests.conftest import MINI_FOLDER, mini_model, read_mini
+from tests.model.rows import EXACT, ROWS
 from tests.model.test_quantised import stored
 
 CPU = torch.device("cpu")
 BLOCKS = 2
-EXACT = 1e-4  # float32, in another order
 STYLE = MINI_FOLDER / "loras" / "miniature-outlined-style-bf16.safetensors"
 PATHS: list[tuple[Precision, Compute]] = [
     *(("bf16", "bf16"), ("fp8", "bf16"), ("8bit", "bf16"), ("4bit", "bf16")),
@@ -35,17 +35,6 @@ PATHS: list[tuple[Precision, Compute]] = [
 ]
 IN_BLOCKS = [name for name in lora_format.IN_BLOCK if "_mod." not in name]
 OF_TEXT = [name for name in IN_BLOCKS if "add" in name or "txt" in name]
-
-
-def row(side: int, references: int, text: int, seed: int) -> Row:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((1, side, side), *((1, 8, 8),) * references)
-    tokens = sum(height * width for _, height, width in shapes)
-    image = torch.randn(tokens, 64, generator=generator)
-    return Row(image, shapes, torch.randn(text, 128, generator=generator), 0.75)
-
-
-ROWS = [row(8, 1, 21, 1), row(6, 2, 5, 2)]
 
 
 @functools.cache
@@ -159,14 +148,7 @@ def test_diffusers_live_loras_give_the_same() -> None:
     ours = Adapter.of("key", [(Lora.read(STYLE), 0.7)], 7, CPU, torch.float32)
     live = Transformer(base, CPU, torch.float32, round_to=None).eval()
     for given, found in zip(ROWS, velocities(live, ROWS, ours), strict=True):
-        output = theirs(
-            hidden_states=given.image[None],
-            encoder_hidden_states=given.text[None],
-            timestep=torch.tensor([given.timestep]),
-            img_shapes=[list(given.shapes)],
-            return_dict=False,
-        )[0]
-        expected = output[0, : given.shapes[0][1] * given.shapes[0][2]]
+        expected = upstream.velocity(theirs, given)
         assert relative(found, expected) < EXACT
 
 

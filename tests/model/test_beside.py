@@ -30,8 +30,8 @@ from image_worker.settings import Settings
 from tests import upstream
 from tests.conftest import MINI_FOLDER
 from tests.model import test_nunchaku
+from tests.model.rows import EXACT
 from tests.model.test_gguf_checkpoint import mixed, source_of
-from tests.model.test_products import EXACT
 from tests.model.test_scaled_fp8 import CONFIG, FP8, quantised, weights
 from tools import ggml
 

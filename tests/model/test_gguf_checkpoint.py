@@ -29,7 +29,7 @@ from image_worker.model.tensor_file import TensorFile
 from image_worker.model.transformer import ROUND_TO, Row, Transformer, velocities
 from tests import upstream
 from tests.conftest import MINI_FOLDER
-from tests.model.test_products import EXACT, ROWS, TOLERANCE
+from tests.model.rows import EXACT, ROWS, TOLERANCE
 from tools import ggml
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -133,18 +133,8 @@ def stock(checkpoint: GgufCheckpoint, dtype: torch.dtype) -> list[Tensor]:
     made = Skeleton(checkpoint.config)
     state = {name: checkpoint.other(name) for name in made.state_dict()}
     made.load_state_dict({name: value.float() for name, value in state.items()})
-    model, found = upstream.transformer(made).to(dtype), []
-    for given in rows(dtype):
-        _, height, width = given.shapes[0]
-        output = model(
-            hidden_states=given.image[None],
-            encoder_hidden_states=given.text[None],
-            timestep=torch.tensor([given.timestep], dtype=dtype),
-            img_shapes=[list(given.shapes)],
-            return_dict=False,
-        )[0]
-        found.append(output[0, : height * width].float())
-    return found
+    model = upstream.transformer(made).to(dtype)
+    return [upstream.velocity(model, given).float() for given in rows(dtype)]
 
 
 def errors(checkpoint: GgufCheckpoint, dtype: torch.dtype, compute: Compute) -> list[float]:

@@ -50,7 +50,8 @@ assert "prepare" not in [step.name for step in worker.model.cold_start.steps]
 assert "images" in worker.run_blocking(job())
 worker.close()
 slow = ("transformers", "diffusers", "accelerate", "peft", "bitsandbytes", "sympy", "torch._dynamo")
-sys.exit(" ".join(name for name in slow if name in sys.modules) or None)
+others = (*slow, "image_worker.commands")
+sys.exit(" ".join(name for name in others if name in sys.modules) or None)
 """
 
 

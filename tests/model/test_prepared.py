@@ -23,12 +23,13 @@ from image_worker.model import lease, prepared
 from image_worker.model.packed import slots
 from image_worker.model.prepared import MANIFEST, Prepared
 from tests.conftest import MINI_FOLDER, build_mini
+from tests.model.damaged import damage
 from tests.worker_jobs import job
 
 pytestmark = pytest.mark.long
 
 KILLS = 50  # moments at which a writer is killed
-DAMAGES = ("missing", "cut off", "first", "middle", "last")
+DAMAGES = ("missing", "cut off", "header", "middle", "last")
 COMPONENTS = ("text_encoder", "transformer", "vae")
 
 
@@ -114,19 +115,6 @@ def test_the_usual_schedules_modulation_is_there(tmp_path: Path, monkeypatch: An
     assert read == []
     edit(keep_prepared="0", model_dir=str(tmp_path))
     assert read, "without them, layers are read"
-
-
-def damage(path: Path, how: str) -> None:
-    content = bytearray(path.read_bytes())
-    if how == "missing":
-        path.unlink()
-        return
-    if how == "cut off":
-        content = content[:-1]
-    else:
-        place = {"first": 20, "middle": len(content) // 2, "last": len(content) - 1}[how]
-        content[place] ^= 4
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(

@@ -23,25 +23,12 @@ from image_worker.model.transformer import ROUND_TO, Row, Transformer, velocitie
 from image_worker.settings import Precision
 from tests import upstream
 from tests.conftest import read_mini
+from tests.model.rows import EXACT, ROWS, TOLERANCE, row
 from tests.model.test_quantised import stored
 
 CPU = torch.device("cpu")
-# The miniature is deeper in noise than the full model: what it makes of 1% is 3 to 5%.
-TOLERANCE: dict[Compute, float] = {"int8": 0.06, "fp8": 0.16}
-EXACT = 1e-4  # float32, in another order
 ATTENTION_TOLERANCE = 0.2  # int8 attention's own share, of these random tokens
 KINDS = {"8bit": "W8A8", "fp8": "W8A8", "svdq": "Decoded", "4bit": "Decoded"}
-
-
-def row(side: int, references: int, text: int, seed: int) -> Row:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((1, side, side), *((1, 8, 8),) * references)
-    tokens = sum(height * width for _, height, width in shapes)
-    image = torch.randn(tokens, 64, generator=generator)
-    return Row(image, shapes, torch.randn(text, 128, generator=generator), 0.75)
-
-
-ROWS = [row(8, 1, 21, 1), row(6, 2, 5, 2)]
 
 
 @torch.inference_mode()
@@ -52,15 +39,7 @@ def stock(source: Any, given: Row) -> Tensor:
             wide = nn.Linear(layer.in_features, layer.out_features)
             wide.weight, wide.bias = nn.Parameter(stored(layer)), layer.bias
             source.transformer_blocks.set_submodule(name, wide)
-    _, height, width = given.shapes[0]
-    output = upstream.transformer(source)(
-        hidden_states=given.image[None],
-        encoder_hidden_states=given.text[None],
-        timestep=torch.tensor([given.timestep]),
-        img_shapes=[list(given.shapes)],
-        return_dict=False,
-    )[0]
-    return output[0, : height * width]
+    return upstream.velocity(upstream.transformer(source), given)
 
 
 def compare(

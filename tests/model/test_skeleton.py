@@ -79,13 +79,7 @@ def test_what_is_made_of_it_computes_as_diffusers_module() -> None:
     stock = upstream.transformer(source)
     grids = ((1, 3, 4), (1, 5, 2))
     row = Row(torch.randn(22, 32), grids, torch.randn(7, 40), 0.6)
-    expected = stock(
-        hidden_states=row.image[None],
-        encoder_hidden_states=row.text[None],
-        timestep=torch.tensor([row.timestep]),
-        img_shapes=[list(grids)],
-        return_dict=False,
-    )[0][0, :12]
+    expected = upstream.velocity(stock, row)
     assert expected.std() > 0.1
     for given in (source, stock):
         served = Transformer(given, torch.device("cpu"), torch.float32, round_to=None).eval()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,17 +13,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from image_worker.edit.conditions import encode
+from image_worker.edit.decode import decode_pixels
+from image_worker.edit.denoise import denoise, start
 from image_worker.errors import CardLost, DoesNotFit
 from image_worker.model import build as build_module
-from image_worker.model.build import Model
+from image_worker.model.build import Model, build
 from image_worker.model.formats import FORMATS
+from image_worker.model.hardware import Hardware
 from image_worker.model.packed import Layout, slots
 from image_worker.model.pinned import OnDisk, Pinned
 from image_worker.model.placement import Plan
 from image_worker.model.stream import Blocks, Held, blocks_of
 from image_worker.model.tensor_file import bytes_of
-from image_worker.settings import Precision
-from tests.conftest import build_mini, make_picture
+from image_worker.settings import Precision, Settings
+from tests.conftest import MINI, build_mini, make_picture
 
 CPU = torch.device("cpu")
 
@@ -181,6 +187,37 @@ def test_from_disk_pictures_are_the_same(tmp_path: Path, monkeypatch: Any) -> No
         build_mini(**variables)
 
 
+def readers() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("weights")}
+
+
+def test_threads_that_read_end_with_a_start_that_is_given_up(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    variables = {"precision_mode": "bf16", "model_dir": str(tmp_path), "keep_prepared": "1"}
+    found = Plan("bf16", passing(build_mini(**variables)), from_disk=True)
+    monkeypatch.setattr(build_module, "plan", lambda *_: found)
+    before, begun = readers(), []
+
+    def first_edit(model: Model) -> None:
+        encode(model, "blur it", None, [])
+        begun.append(readers() - before)
+        if len(begun) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    settings = Settings.from_env({name.upper(): value for name, value in variables.items()})
+    gc.disable()  # as while a worker starts
+    try:
+        model = build(settings, MINI, Hardware("CPU"), dtype=torch.float32, first_edit=first_edit)
+    finally:
+        gc.enable()
+    given_up = begun[0]
+    for thread in given_up:
+        thread.join(10)
+    assert given_up and len(readers() - before) == len(given_up)
+    assert model.plan.from_disk
+
+
 @torch.inference_mode()
 def test_a_file_that_is_cut_off_while_it_serves_is_an_error_and_no_wrong_number(
     tmp_path: Path,
@@ -208,10 +245,6 @@ def test_a_file_that_is_cut_off_while_it_serves_is_an_error_and_no_wrong_number(
 
 
 def edit(model: Model) -> Tensor:
-    from image_worker.edit.conditions import encode
-    from image_worker.edit.decode import decode_pixels
-    from image_worker.edit.denoise import denoise, start
-
     conditions = encode(model, "make the red circle blue", None, [make_picture()])
     picture = start(model, conditions, (128, 128), seed=0, steps=2, cfg_scale=1.0)
     denoise(model, [picture])

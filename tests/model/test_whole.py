@@ -31,6 +31,7 @@ from tests.model.cached_model import (
     put_all,
     start,
 )
+from tests.model.damaged import damage
 from tests.worker_jobs import job
 
 NEVER_USED = 5  # steps: no start makes the tables of such a schedule
@@ -126,19 +127,6 @@ def test_no_more_than_one_layer_is_in_memory_while_they_are_written(
     worker.close()
     assert sorted(reads) == sorted(worker.model.transformer.modulation.layers), "each one once"
     assert most == 2, "a weight and a bias"
-
-
-def damage(path: Path, how: str) -> None:
-    content = bytearray(path.read_bytes())
-    if how == "missing":
-        path.unlink()
-        return
-    if how == "cut off":
-        content = content[:-1]
-    else:
-        place = {"header": 20, "middle": len(content) // 2, "last chunk": -513}[how]
-        content[place] ^= 4
-    path.write_bytes(content)
 
 
 @pytest.fixture(scope="module")

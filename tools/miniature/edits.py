@@ -10,7 +10,7 @@ both such a pair and at such a position, and is asked for in such a wording.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import sub
 from random import Random
@@ -126,8 +126,8 @@ def _name(random: Random, thing: Thing, scene: Scene) -> str:
     return f"the {thing.colour} {thing.shape}"
 
 
-def _other(random: Random, choices: object, *not_these: str | None) -> str:
-    return random.choice([name for name in choices if name not in not_these])  # type: ignore[attr-defined]
+def _other(random: Random, choices: Iterable[str], *not_these: str | None) -> str:
+    return random.choice([name for name in choices if name not in not_these])
 
 
 def _with(scene: Scene, old: Thing, new: Thing | None) -> Scene:

@@ -114,7 +114,7 @@ def encode_text(model: Any, layout: Layout, ids: Tensor, patches: Tensor) -> Ten
     for layer in text.layers:
         hidden = hidden + _attend(layer.self_attn, layer.input_layernorm(hidden), rope)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return text.norm(hidden)[:, layout.drop :]
+    return text.norm(hidden)[:, layout.drop :]  # type: ignore[no-any-return]
 
 
 def _text_rope(
@@ -131,7 +131,7 @@ def _attend(attention: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tens
     """Causal self-attention with grouped keys. Padding stands last, where none looks."""
 
     def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # type: ignore[no-any-return]
 
     q = _turn(heads(attention.q_proj(hidden)), rope)
     k = _turn(heads(attention.k_proj(hidden)), rope)
@@ -139,7 +139,7 @@ def _attend(attention: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tens
     groups = attention.num_key_value_groups
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return attention.o_proj(mixed.transpose(1, 2).flatten(2))
+    return attention.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 def _see(visual: Any, patches: Tensor) -> Tensor:

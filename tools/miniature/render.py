@@ -139,7 +139,8 @@ def _grid(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _things(rows: Tensor) -> tuple[Tensor, ...]:
-    return rows[:, _GROUND : _GROUND + MOST_THINGS * _THING].split(_THING, dim=1)
+    things: tuple[Tensor, ...] = rows[:, _GROUND : _GROUND + MOST_THINGS * _THING].split(_THING, 1)
+    return things
 
 
 def _column(cells: Tensor, index: int) -> Tensor:

@@ -37,9 +37,9 @@ def write(kind: str, folder: Path, lightning: int | None) -> Path:
         for path, pair in lora.pairs.items():
             tensors[f"{path}.weight"] = pair.add_to(tensors[f"{path}.weight"])
     suffix = "gguf" if KINDS[kind] is _gguf else "safetensors"
-    path = folder / f"{kind.replace(' ', '-')}-{lightning or 'no'}-steps.{suffix}"
-    KINDS[kind](path, kind, tensors)
-    return path
+    file = folder / f"{kind.replace(' ', '-')}-{lightning or 'no'}-steps.{suffix}"
+    KINDS[kind](file, kind, tensors)
+    return file
 
 
 def _is_coded(name: str, tensor: Tensor) -> bool:

@@ -139,13 +139,7 @@ def measure() -> None:
     plan = worker.model.plan
     load_vram = torch.cuda.max_memory_reserved() / GIB
     torch.cuda.reset_peak_memory_stats()
-    jobs = []
-    for seed in range(3):
-        reply = worker.run_blocking({"id": str(seed), "input": job(seed)})
-        if "error" in reply:
-            raise SystemExit(json.dumps(reply))
-        jobs.append(reply["timings"])
-    last = jobs[-1]
+    first, _, last = (timings(worker, seed) for seed in range(3))
     found = {
         "plan": plan.describe(),
         "passing": len(plan.streamed),
@@ -157,7 +151,7 @@ def measure() -> None:
         "peak_vram": torch.cuda.max_memory_reserved() / GIB,
         "peak_allocated": torch.cuda.max_memory_allocated() / GIB,
         "peak_host": host_peak_gib(),
-        "first_job": jobs[0]["total"],
+        "first_job": first["total"],
         "job": last["total"],
         "encode": last["encode"],
         "denoise": last["denoise"],
@@ -167,6 +161,15 @@ def measure() -> None:
         **working_memory(worker),
     }
     sys.stdout.write(json.dumps(found) + "\n")
+
+
+def timings(worker: Any, seed: int) -> dict[str, float]:
+    """Seconds of a job's stages; ends this process if there is an error."""
+    reply = worker.run_blocking({"id": str(seed), "input": job(seed)})
+    if "error" in reply:
+        raise SystemExit(json.dumps(reply))
+    found: dict[str, float] = reply["timings"]
+    return found
 
 
 def small(worker: Any, pictures: int) -> float:

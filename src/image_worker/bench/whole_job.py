@@ -57,19 +57,7 @@ def measure(folder: Path, precisions: Sequence[str], rounds: int) -> list[dict[s
 
     "new schedule s": what the first job with another number of steps takes more than the next.
     """
-    settings = {
-        precision: Settings.from_env(
-            {
-                "MODEL": MODEL,
-                "MODEL_DIR": str(folder),
-                "LOCAL_ONLY": "1",
-                "LIGHTNING_STEPS": str(STEPS),
-                "PRECISION_MODE": precision,
-                "REMEMBER_MB": "0",  # its jobs are all of one picture; people's are not
-            }
-        )
-        for precision in precisions
-    }
+    settings = {precision: _settings(folder, precision) for precision in precisions}
     checkpoint = files.find_model(CATALOG[MODEL], settings[precisions[0]])
     made: list[tuple[dict[str, Any], Any]] = []
     for precision in precisions:
@@ -96,6 +84,19 @@ def measure(folder: Path, precisions: Sequence[str], rounds: int) -> list[dict[s
         low, _, high = statistics.quantiles([one["total"] for one in found], n=4)
         facts["± total"] = (high - low) / 2
     return [facts for facts, _ in made]
+
+
+def _settings(folder: Path, precision: str) -> Settings:
+    return Settings.from_env(
+        {
+            "MODEL": MODEL,
+            "MODEL_DIR": str(folder),
+            "LOCAL_ONLY": "1",
+            "LIGHTNING_STEPS": str(STEPS),
+            "PRECISION_MODE": precision,
+            "REMEMBER_MB": "0",  # its jobs are all of one picture; people's are not
+        }
+    )
 
 
 def stock(pipeline: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from image_worker import checkpoints
 from image_worker.catalog import HubFile, ModelEntry
 from image_worker.commands.facts import CheckpointFile
 from image_worker.errors import ModelMismatch, WorkerError
-from image_worker.model import files, from_url, published, sources
+from image_worker.model import files, from_url, full_sizes, sources
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import TransformerConfig
 from image_worker.model.opened import open_transformer
@@ -79,7 +79,7 @@ def _open(path: Path, settings: Settings, entry: ModelEntry) -> Opened:
     """
     config = _config(settings, entry)
     loras = tuple(Path(file.path) for file in sources.loras_of(entry, settings))
-    found = Sources(published.FOLDER, loras, checkpoint=path)
+    found = Sources(full_sizes.FOLDER, loras, checkpoint=path)
     opened = open_transformer(found, settings, config)
     assert opened is not None
     if isinstance(opened, Plain):
@@ -94,7 +94,7 @@ def _config(settings: Settings, entry: ModelEntry) -> dict[str, Any]:
     except WorkerError:  # said where the model is looked for
         folder = None
     if folder is None:
-        return published.configs_of(entry)["transformer"]
+        return full_sizes.configs_of(entry)["transformer"]
     return files.read_json(folder / "transformer" / "config.json")
 
 

@@ -13,10 +13,10 @@ from image_worker.commands.facts import Card, Forecast, Row
 from image_worker.errors import DoesNotFit, InvalidSettings
 from image_worker.model import components, from_checkpoint, numbers
 from image_worker.model.checkpoint import Checkpoint
+from image_worker.model.full_sizes import FOLDER, FullSize, full_size
 from image_worker.model.hardware import GIB, Hardware
 from image_worker.model.opening import Plain, in_own_format
 from image_worker.model.placement import Plan, Sizes, plan
-from image_worker.model.published import FOLDER, FullSize, full_size
 from image_worker.settings import Precision, Settings
 
 # Of the README's table of whole jobs: 1024² with one reference, Lightning 4 steps, everything on

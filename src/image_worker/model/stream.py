@@ -164,6 +164,7 @@ class _Passage:
         if self._reader is None and any(isinstance(held.host, OnDisk) for held in queue):
             self._between = Pinned(len(self._memory))
             self._between.lock(self._device)
+            # Its thread refers to it weakly, and so ends when nobody has this passage any more.
             self._reader = ThreadPoolExecutor(1, "weights")
         self.fill()
 

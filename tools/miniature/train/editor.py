@@ -55,7 +55,7 @@ class Editor:
     def modules(self) -> tuple[nn.Module, nn.Module]:
         return self.text, self.transformer
 
-    def quantised_weights(self) -> list[nn.Parameter]:
+    def quantised_weights(self) -> list[Tensor]:
         """The weights that are quantised when served."""
         return [
             *quantised_weights(components.TEXT_ENCODER, self.text),
@@ -206,7 +206,7 @@ def turns() -> Iterator[int]:
 
 def optimiser(editor: Editor) -> Optimiser:
     """Muon for the matrices inside of blocks, AdamW for the rest, of what is not frozen."""
-    matrices, others = [], []
+    matrices, others = list[nn.Parameter](), list[nn.Parameter]()
     for module in editor.modules():
         for name, parameter in module.named_parameters():
             inside = "blocks." in name or "layers." in name

@@ -25,10 +25,11 @@ class Optimiser:
 
     def __init__(self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter]) -> None:
         matrices, others = list(matrices), list(others)
-        self._params = matrices + others
+        self._params: list[Tensor] = [*matrices, *others]
         self._masters = [param.detach().float().clone() for param in self._params]
-        for master in self._masters:
-            master.grad = torch.zeros_like(master)
+        self._grads = [torch.zeros_like(master) for master in self._masters]
+        for master, grad in zip(self._masters, self._grads, strict=True):
+            master.grad = grad
         self._rate = torch.zeros((), device=self._params[0].device)
         self._muon = _Muon(self._masters[: len(matrices)])
         self._adam = torch.optim.AdamW(
@@ -43,11 +44,10 @@ class Optimiser:
     @torch.no_grad()
     def step(self) -> None:
         """Takes the gradients of the parameters, and leaves them without."""
-        for param in self._params:
-            if param.grad is None:  # of the last block's text, which nothing reads
-                param.grad = torch.zeros_like(param)
-        grads = [master.grad for master in self._masters]
-        torch._foreach_copy_(grads, [param.grad for param in self._params])
+        found = [  # there are none of the last block's text, which nothing reads
+            torch.zeros_like(param) if param.grad is None else param.grad for param in self._params
+        ]
+        torch._foreach_copy_(self._grads, found)
         nn.utils.clip_grad_norm_(self._masters, 1.0)
         self._adam.step()
         self._muon.step(self._rate)

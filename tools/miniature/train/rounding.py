@@ -33,15 +33,18 @@ def nf4(weight: Tensor) -> Tensor:
 @cache
 def _grid(device: torch.device) -> Tensor:
     """The 16 values, (16); copied to the card once, since a CUDA graph cannot."""
-    return get_4bit_type("nf4", device=device)
+    values: Tensor = get_4bit_type("nf4", device=device)
+    return values
 
 
 def served(weight: Tensor) -> Tensor:
     """`weight` exactly as the worker's NF4 keeps it; not for a CUDA graph."""
-    return dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+    quantised = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    found: Tensor = dequantize_4bit(*quantised)
+    return found
 
 
-def quantised_weights(component: Component, module: nn.Module) -> list[nn.Parameter]:
+def quantised_weights(component: Component, module: nn.Module) -> list[Tensor]:
     """Those weights of a component that are quantised when it is served."""
     return [
         layer.weight
@@ -57,7 +60,7 @@ class Rounding:
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        self._weights = weights
+        self._weights = list(weights)
         self._share = torch.zeros((), device=weights[0].device)
 
     def set_share(self, share: float) -> None:

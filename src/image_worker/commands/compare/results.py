@@ -22,14 +22,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from image_worker.commands.compare_measuring import kernels_key
-from image_worker.commands.compare_records import Record
-from image_worker.commands.compare_statistics import LEVEL, Pixels, psnr, spread, ssim
-from image_worker.commands.compare_trial import Trial, settings_of
-from image_worker.commands.compare_ways import Way
+from image_worker.commands.compare.likeness import pixels_of, psnr, ssim
+from image_worker.commands.compare.records import Record
+from image_worker.commands.compare.spread import LEVEL, spread
+from image_worker.commands.compare.trial import Trial
+from image_worker.commands.compare.ways import Way, settings_of
 from image_worker.errors import InvalidSettings
 
 Results = dict[str, Any]
@@ -139,12 +136,6 @@ def _likeness(*files: Any) -> Results:
     return {"psnr": decibels, "ssim": likeness, "same": same}
 
 
-def pixels_of(path: Path) -> Pixels:
-    """A picture's file as RGB."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
 def _order(trial: Trial) -> str:
     """How ways followed each other, in words."""
     ways = {run["in_turns"] for way in trial.ways for run in _runs(trial, way)}
@@ -163,7 +154,7 @@ def _order(trial: Trial) -> str:
 def _kernels(trial: Trial) -> Results:
     if trial.machine["card"] is None:
         return {"problem": "no card"}
-    key = kernels_key(trial)
+    key = trial.kernels_key()
     found = trial.records.first("kernels", key) if key else None
     if found is None:
         return {"problem": "not measured yet"}

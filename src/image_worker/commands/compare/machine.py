@@ -12,7 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGE = Path(__file__).parents[1]
+import image_worker
+
+_PACKAGE = Path(image_worker.__file__).parent
 _LIBRARIES = ("torch", "triton", "bitsandbytes", "numpy", "pillow")
 
 

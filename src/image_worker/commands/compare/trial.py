@@ -10,13 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr
-
-from image_worker.commands.compare_process import ALWAYS
-from image_worker.commands.compare_records import Records, key_of
-from image_worker.commands.compare_ways import Way
+from image_worker.commands.compare.records import Records, key_of
+from image_worker.commands.compare.ways import Way, settings_of
 from image_worker.errors import InvalidSettings
-from image_worker.settings import Settings, environment
 
 LEAST_RUNS = 5
 
@@ -57,27 +53,27 @@ class Trial:
         """What the way's process logs."""
         return self.out / "logs" / f"{self.key(way)}.log"
 
+    def shape(self) -> dict[str, int] | None:
+        """Of the transformer's tensors in this job; None: no way has told it."""
+        for way in self.ways:
+            started = self.records.first("start", self.key(way))
+            if started is not None:
+                shape: dict[str, int] = started["shape"]
+                return shape
+        return None
+
+    def kernels_key(self) -> str | None:
+        """Of the kernels' record: by code, machine and shape; None: the shape is not known."""
+        shape = self.shape()
+        if shape is None:
+            return None
+        return key_of({"code": self.code, "machine": self.machine, "shape": shape})
+
     @cached_property
     def _keys(self) -> dict[Way, str]:
         job = hashlib.sha256(json.dumps(dict(self.job), sort_keys=True).encode()).hexdigest()
         shared = {"job": job, "machine": self.machine, "code": self.code}
         return {way: key_of(shared | _identity(way)) for way in self.ways}
-
-
-def settings_of(way: Way) -> dict[str, str]:
-    """Its settings where they are not the defaults. No secret is among them.
-
-    Raises:
-        InvalidSettings: as of `Settings.from_env`.
-    """
-    settings = Settings.from_env(environment({**ALWAYS, **dict(way.variables)}))
-    return {
-        name.upper(): str(int(value) if isinstance(value, bool) else value)
-        for name, field in Settings.model_fields.items()
-        if (value := getattr(settings, name)) is not None
-        and not isinstance(value, SecretStr)
-        and value != field.get_default(call_default_factory=True)
-    }
 
 
 def seeds_of(runs: int | None, seeds: Sequence[int] | None) -> tuple[int, ...]:

@@ -66,7 +66,7 @@ class Child:
             self._worker.close()
 
     def _machine(self, order: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        from image_worker.commands.compare_machine import facts
+        from image_worker.commands.compare.machine import facts
 
         return facts()
 
@@ -119,7 +119,7 @@ class Child:
     def _kernels(self, order: Mapping[str, Any]) -> dict[str, Any]:
         import torch
 
-        from image_worker.commands.compare_kernels import measure
+        from image_worker.commands.compare.kernels import measure
 
         if not torch.cuda.is_available():
             return {"problem": "no card"}

@@ -13,9 +13,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from image_worker.bench import checkpoint
 from image_worker.catalog import CATALOG
 from image_worker.model import components, weights
+from image_worker.model.full_sizes import FOLDER, LORA_RANK, FullSize, full_size
 from image_worker.model.hardware import GIB, Hardware
 from image_worker.model.placement import plan
-from image_worker.model.published import FOLDER, LORA_RANK, FullSize, full_size
 from image_worker.settings import Settings
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
-from image_worker.commands.compare_process import Process, WayFailed
-from image_worker.commands.compare_records import key_of
-from image_worker.commands.compare_trial import Trial
-from image_worker.commands.compare_ways import Way
+from image_worker.commands.compare.process import Process, WayFailed
+from image_worker.commands.compare.trial import Trial
+from image_worker.commands.compare.ways import Way
 from image_worker.model.host import free_host_memory
 
 KERNEL_ROUNDS = 20
@@ -148,32 +147,15 @@ def _failed(trial: Trial, way: Way, failed: WayFailed, watcher: Watcher) -> None
     watcher.done(0)
 
 
-def kernels_key(trial: Trial) -> str | None:
-    """Of the kernels' record: by code, machine and shape; None: no way has told the shape."""
-    shape = _shape(trial)
-    if shape is None:
-        return None
-    return key_of({"code": trial.code, "machine": trial.machine, "shape": shape})
-
-
-def _shape(trial: Trial) -> dict[str, int] | None:
-    for way in trial.ways:
-        started = trial.records.first("start", trial.key(way))
-        if started is not None:
-            shape: dict[str, int] = started["shape"]
-            return shape
-    return None
-
-
 def _measure_kernels(trial: Trial, watcher: Watcher, start: Callable[..., Process]) -> None:
     """In a process of its own, when the ways' have ended. Without a card there is nothing to do."""
-    key = kernels_key(trial)
+    key = trial.kernels_key()
     if key is None or trial.machine["card"] is None or trial.records.first("kernels", key):
         return
     watcher.begins("kernels")
     with start({}, trial.out / "logs" / "kernels.log") as process:
         try:
-            found = process.ask(do="kernels", shape=_shape(trial), rounds=KERNEL_ROUNDS)
+            found = process.ask(do="kernels", shape=trial.shape(), rounds=KERNEL_ROUNDS)
         except WayFailed as failed:
             found = {"problem": f"{failed.type}: {failed.message}"}
     trial.records.add("kernels", key, **found)

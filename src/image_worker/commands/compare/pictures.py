@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from image_worker.commands.compare_results import pixels_of
+from image_worker.commands.compare.likeness import pixels_of
 
 AMPLIFIED = 8  # how many times a difference is drawn
 _SIDE = 320  # pixels: the longer side of a picture in the page

@@ -1,6 +1,6 @@
-"""The published models' sizes, from their architecture alone: nothing has to be downloaded.
+"""The full-size models' sizes, from their architecture alone: nothing has to be downloaded.
 
-All of the family have the same three components; `published/` in this package holds what their
+All of the family have the same three components; `full_size/` in this package holds what their
 configuration files say of shapes.
 """
 
@@ -18,7 +18,7 @@ from image_worker.model import components, weights
 from image_worker.model.placement import Shape, Sizes
 from image_worker.settings import Precision, Settings
 
-FOLDER = Path(__file__).parents[1] / "published"
+FOLDER = Path(__file__).parents[1] / "full_size"
 ZERO_COND_T = ("edit-2511",)  # the catalogue's models that have it
 LORA_RANK = 64  # of the published Lightning files
 _BYTES = 2  # of a value in all of these files: bfloat16

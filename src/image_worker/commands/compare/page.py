@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from image_worker.commands import compare_pictures
-from image_worker.commands.compare_plots import Line, plot
-from image_worker.commands.compare_style import STYLE
-from image_worker.commands.compare_words import (
+from image_worker.commands.compare import pictures
+from image_worker.commands.compare.plots import Line, plot
+from image_worker.commands.compare.style import STYLE
+from image_worker.commands.compare.words import (
     TITLES,
     decibels,
     gib,
@@ -129,10 +129,10 @@ def _likenesses(ways: Sequence[Mapping[str, Any]], what: str, unit: str, words: 
 
 
 def _pictures(results: Mapping[str, Any], out: Path) -> str:
-    figures = compare_pictures.samples(results, out)
+    figures = pictures.samples(results, out)
     if not figures:
         return ""
-    times = compare_pictures.AMPLIFIED
+    times = pictures.AMPLIFIED
     return (
         f'<p class="soft">Reduced; whole ones are in the folder <code>pictures</code>. Under a '
         f"way's picture is where it differs: each channel's absolute difference, {times} times, "
@@ -186,7 +186,7 @@ def _job(results: Mapping[str, Any], job: Mapping[str, Any]) -> str:
         for way in results["ways"]
         if way["steps"]
     }
-    return _facts(facts) + compare_pictures.given(job)
+    return _facts(facts) + pictures.given(job)
 
 
 def _machine(results: Mapping[str, Any]) -> str:

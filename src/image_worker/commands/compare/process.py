@@ -12,20 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from image_worker.commands.compare.ways import ALWAYS
 from image_worker.settings import environment
 
 _PATIENCE = 5.0  # seconds that a process has to end when it is told to
-
-# A job comes from nowhere and its picture goes to a file; its picture is the same each time, and
-# people's are not, so nothing is remembered.
-ALWAYS = {
-    "RUNPOD_WEBHOOK_GET_JOB": "",
-    "BUCKET_ENDPOINT_URL": "",
-    "BUCKET_ACCESS_KEY_ID": "",
-    "BUCKET_SECRET_ACCESS_KEY": "",
-    "BUCKET_NAME": "",
-    "REMEMBER_MB": "0",
-}
 
 
 class WayFailed(Exception):
@@ -37,7 +27,7 @@ class WayFailed(Exception):
 
 
 class Process:
-    """A process that answers orders (`compare_child.py`)."""
+    """A process that answers orders (`child.py`)."""
 
     def __init__(self, variables: Mapping[str, str], log: Path) -> None:
         """variables: on top of this process's environment; log: gets what it logs."""
@@ -46,7 +36,7 @@ class Process:
         self.begun = time.time()
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "image_worker.commands.compare_child"],
+                [sys.executable, "-m", "image_worker.commands.compare.child"],
                 env=environment({**ALWAYS, **variables}),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

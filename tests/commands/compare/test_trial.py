@@ -12,21 +12,21 @@ import pytest
 import torch
 
 from image_worker import __main__ as command
-from image_worker.commands import compare_measuring
-from image_worker.commands.compare_child import start
-from image_worker.commands.compare_kernels import measure as measure_kernels
-from image_worker.commands.compare_kernels import pairs
-from image_worker.commands.compare_measuring import measure
-from image_worker.commands.compare_process import Process, WayFailed
-from image_worker.commands.compare_records import Records
-from image_worker.commands.compare_results import results
-from image_worker.commands.compare_statistics import psnr
-from image_worker.commands.compare_trial import seeds_of
-from image_worker.commands.compare_ways import parse
+from image_worker.commands.compare import measuring
+from image_worker.commands.compare.child import start
+from image_worker.commands.compare.kernels import measure as measure_kernels
+from image_worker.commands.compare.kernels import pairs
+from image_worker.commands.compare.likeness import psnr
+from image_worker.commands.compare.measuring import measure
+from image_worker.commands.compare.process import Process, WayFailed
+from image_worker.commands.compare.records import Records
+from image_worker.commands.compare.results import results
+from image_worker.commands.compare.trial import seeds_of
+from image_worker.commands.compare.ways import parse
 from image_worker.errors import InvalidSettings
 from image_worker.kernels import fused, reference
 from image_worker.settings import Settings
-from tests.commands.stub_process import CARD, MACHINE, SHAPE, Stubs, Watched, trial
+from tests.commands.compare.stub_process import CARD, MACHINE, SHAPE, Stubs, Watched, trial
 from tests.conftest import MINI_FOLDER
 from tests.worker_jobs import job, picture
 
@@ -183,7 +183,7 @@ def test_fresh_forgets_what_was_there(tmp_path: Path) -> None:
 
 
 def test_none_is_started_where_the_next_would_not_fit(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(compare_measuring, "free_host_memory", lambda: 2**20)
+    monkeypatch.setattr(measuring, "free_host_memory", lambda: 2**20)
     measure(trial(tmp_path, "bf16", "fp8"), Watched(), stubs := Stubs())
     assert stubs.most == 1 and stubs.runs() == ["bf16"] * 5 + ["fp8"] * 5
 

@@ -10,10 +10,10 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from image_worker.commands.compare_process import WayFailed
-from image_worker.commands.compare_records import Records
-from image_worker.commands.compare_trial import Trial
-from image_worker.commands.compare_ways import parse
+from image_worker.commands.compare.process import WayFailed
+from image_worker.commands.compare.records import Records
+from image_worker.commands.compare.trial import Trial
+from image_worker.commands.compare.ways import parse
 
 MACHINE = {
     "card": None,

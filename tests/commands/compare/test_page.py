@@ -14,15 +14,15 @@ import pytest
 from PIL import Image
 
 from image_worker import __main__ as command
-from image_worker.commands.compare_job import make_job
-from image_worker.commands.compare_measuring import measure
-from image_worker.commands.compare_page import page
-from image_worker.commands.compare_plots import Line, plot
-from image_worker.commands.compare_results import results
-from image_worker.commands.compare_trial import Trial
-from image_worker.commands.compare_words import markdown, number
+from image_worker.commands.compare.job import make_job
+from image_worker.commands.compare.measuring import measure
+from image_worker.commands.compare.page import page
+from image_worker.commands.compare.plots import Line, plot
+from image_worker.commands.compare.results import results
+from image_worker.commands.compare.trial import Trial
+from image_worker.commands.compare.words import markdown, number
 from image_worker.errors import InvalidRequest
-from tests.commands.stub_process import CARD, MACHINE, Stubs, Watched, trial
+from tests.commands.compare.stub_process import CARD, MACHINE, Stubs, Watched, trial
 from tests.conftest import MINI, make_picture
 from tests.worker_jobs import as_base64
 

@@ -8,12 +8,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+from pydantic import SecretStr
+
 from image_worker.errors import InvalidSettings
-from image_worker.settings import Precision, Settings
+from image_worker.settings import Precision, Settings, environment
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 _NAME = re.compile(r"[\w.+ -]{1,40}")
 _NEXT = re.compile(r",(?=[A-Z][A-Z0-9_]*=)")  # a value may have commas, too
+
+# A job comes from nowhere and its picture goes to a file; its picture is the same each time, and
+# people's are not, so nothing is remembered.
+ALWAYS = {
+    "RUNPOD_WEBHOOK_GET_JOB": "",
+    "BUCKET_ENDPOINT_URL": "",
+    "BUCKET_ACCESS_KEY_ID": "",
+    "BUCKET_SECRET_ACCESS_KEY": "",
+    "BUCKET_NAME": "",
+    "REMEMBER_MB": "0",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,22 @@ def parse(texts: Sequence[str], loras: Sequence[Path] = ()) -> list[Way]:
     if taken:
         raise InvalidSettings(f"two ways are called {taken[0]!r}; give them names of their own")
     return ways
+
+
+def settings_of(way: Way) -> dict[str, str]:
+    """Its settings where they are not the defaults. No secret is among them.
+
+    Raises:
+        InvalidSettings: as of `Settings.from_env`.
+    """
+    settings = Settings.from_env(environment({**ALWAYS, **dict(way.variables)}))
+    return {
+        name.upper(): str(int(value) if isinstance(value, bool) else value)
+        for name, field in Settings.model_fields.items()
+        if (value := getattr(settings, name)) is not None
+        and not isinstance(value, SecretStr)
+        and value != field.get_default(call_default_factory=True)
+    }
 
 
 def _way(text: str) -> Way:
