@@ -95,7 +95,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the tables and pictures go")
     parser.add_argument("--per-kind", type=int, default=30, help="edits of each of the 20 kinds")
-    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=(*PRECISIONS, "fp8"))
+    parser.add_argument(
+        "--precisions", nargs="+", default=PRECISIONS, choices=(*PRECISIONS, "fp8", "svdq")
+    )
     parser.add_argument("--attention", default="auto", choices=("auto", "bf16", "int8"))
     parser.add_argument("--compute", default="auto", choices=("auto", "bf16", "fp8", "int8"))
     names = [sampling.name for sampling in SAMPLINGS]
@@ -130,7 +132,11 @@ def main() -> None:
 
 def make_examples(per_kind: int) -> Examples:
     """The held-out edits, drawn."""
-    edits = held_out_edits(per_kind)
+    return drawn(held_out_edits(per_kind))
+
+
+def drawn(edits: list[Edit]) -> Examples:
+    """Edits with their pictures."""
     before, answers, styled = pictures_of(edits)
     references = [
         draw(torch.from_numpy(pack([e.reference])))[0] if e.reference else None for e in edits

@@ -17,7 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from image_worker.bench.random_model import CARD, random_model, random_row
 from image_worker.bench.stock_nf4 import use_bitsandbytes
 from image_worker.compute import Compute, automatic, possible
 from image_worker.model.attention import Int8
-from image_worker.model.formats import FORMATS
 from image_worker.model.transformer import ROUND_TO, Row, Transformer, velocities
 from image_worker.settings import Precision
 
@@ -52,7 +51,7 @@ def main() -> None:
     parser.add_argument("--outliers", action="store_true", help="some channels 20 times the others")
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of cases, from 0")
     parser.add_argument(
-        "--precisions", nargs="+", default=PRECISIONS, choices=(*FORMATS, *ggml.KINDS)
+        "--precisions", nargs="+", default=PRECISIONS, choices=(*get_args(Precision), *ggml.KINDS)
     )
     parser.add_argument("--batch", type=int, default=1, help="rows of each forward")
     parser.add_argument("--rounds", type=int, default=ROUNDS)

@@ -13,7 +13,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 from image_worker.bench import ggml
-from image_worker.model.formats import FORMATS
+from image_worker.model.formats import format_of
 from image_worker.model.transformer import Row
 from image_worker.settings import Precision
 
@@ -97,7 +97,7 @@ def quantise(blocks: nn.Module, precision: str) -> None:
 def _encoded(weight: torch.Tensor, precision: str) -> Any:
     if precision in ggml.KINDS:
         return ggml.encode(weight, precision)
-    form = FORMATS[cast("Precision", precision)]
+    form = format_of(cast("Precision", precision))
     assert form is not None
     return form.encode(weight, True, torch.bfloat16)
 

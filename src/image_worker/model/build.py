@@ -22,7 +22,15 @@ from torch import nn
 from image_worker import checkpoints
 from image_worker.catalog import LIGHTNING_SAMPLER, ModelEntry, Sampler
 from image_worker.errors import DoesNotFit, OutOfMemory
-from image_worker.model import components, files, from_checkpoint, libraries, numbers, sources
+from image_worker.model import (
+    components,
+    files,
+    from_checkpoint,
+    libraries,
+    numbers,
+    ranges,
+    sources,
+)
 from image_worker.model.adapters import Adapter
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.cold_start import ColdStart
@@ -151,6 +159,7 @@ def _build(
         *(settings, entry, folder, loras, device, dtype, compute, int8),
         is_complete=found.is_complete,
         checkpoint=checkpoint,
+        ranges=ranges.of_file(found.ranges, configs["transformer"]),
     )
     numbers.tell(dtype, compute, int8_attention=int8)
 

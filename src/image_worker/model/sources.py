@@ -15,7 +15,7 @@ from typing import Any
 
 from image_worker import checkpoints
 from image_worker.catalog import HubFile, ModelEntry
-from image_worker.errors import InvalidSettings
+from image_worker.errors import InvalidSettings, ModelUnavailable
 from image_worker.model import files, from_url
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import TransformerConfig
@@ -34,13 +34,15 @@ class Sources:
     """A model's folder, in diffusers' layout, and the LoRA files to merge into it.
 
     is_complete: all files are there. Otherwise the folder has those that are small, and a LoRA's
-    path is where it would be. checkpoint: a file that the transformer's weights are in instead.
+    path is where it would be. checkpoint: a file that the transformer's weights are in instead;
+    ranges: one of activation ranges, which these are fitted to.
     """
 
     folder: Path
     loras: tuple[Path, ...]
     is_complete: bool = True
     checkpoint: Path | None = None
+    ranges: Path | None = None
 
 
 Find = Callable[[ModelEntry, Settings, Sequence[Path]], Sources]
@@ -52,10 +54,11 @@ def find_all(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> Sou
     Raises:
         ModelUnavailable: files are missing and may not, or cannot, be downloaded.
     """
+    ranges = ranges_of(entry, settings)
     folder = files.find_model(entry, settings)
     loras = [files.find_adapter(lora, settings) for lora in loras_of(entry, settings)]
     checkpoint = from_url.find_checkpoint(settings) if settings.checkpoint else None
-    return Sources(folder, (*loras, *more), checkpoint=checkpoint)
+    return Sources(folder, (*loras, *more), checkpoint=checkpoint, ranges=ranges)
 
 
 def find_least(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> Sources:
@@ -66,6 +69,7 @@ def find_least(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> S
     Raises:
         ModelUnavailable: small files are missing and may not, or cannot, be downloaded.
     """
+    ranges = ranges_of(entry, settings)
     whole = files.model_here(entry, settings)
     folder = whole or files.find_model(entry, settings, weights=False)
     loras = [
@@ -73,7 +77,7 @@ def find_least(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> S
         for lora in loras_of(entry, settings)
     ]
     is_complete = whole is not None and all(path.is_file() for path in loras)
-    return Sources(folder, (*loras, *more), is_complete)
+    return Sources(folder, (*loras, *more), is_complete, ranges=ranges)
 
 
 def loras_of(entry: ModelEntry, settings: Settings) -> list[HubFile]:
@@ -91,6 +95,27 @@ def loras_of(entry: ModelEntry, settings: Settings) -> list[HubFile]:
             "set USE_LIGHTNING_LORA=0 to go without"
         )
     return [file]
+
+
+def ranges_of(entry: ModelEntry, settings: Settings) -> Path | None:
+    """The file of activation ranges that the transformer's weights are to be fitted to, if any.
+
+    Those of a model of the catalogue are for its own weights.
+
+    Raises:
+        ModelUnavailable: it is not there.
+    """
+    if settings.precision_mode != "svdq" or settings.quantize_components != "all":
+        return None
+    path = settings.svdq_ranges
+    if path is None:
+        is_own = settings.model_id is None and settings.checkpoint is None
+        return entry.ranges if is_own else None
+    if not path.is_file():
+        raise ModelUnavailable(
+            f"SVDQ_RANGES={path} is no file; `python -m image_worker calibrate` writes one"
+        )
+    return path
 
 
 def open_checkpoint_of(
@@ -115,6 +140,11 @@ def open_checkpoint_of(
         raise InvalidSettings(
             f"{found.checkpoint.name} says that Lightning for {told} steps is merged in it: set "
             f"CHECKPOINT_LIGHTNING={told}, or 0 if it is not so"
+        )
+    if found.ranges and own:
+        raise InvalidSettings(
+            f"SVDQ_RANGES has no meaning with {found.checkpoint.name}, whose weights stay in "
+            f"{opened.label}; drop one"
         )
     if found.loras and own:
         raise InvalidSettings(

@@ -203,7 +203,9 @@ class Store:
     def _made_of(self) -> dict[str, Any]:
         recipe = self._recipe
         settings, folder, single = recipe.settings, recipe.folder, recipe.checkpoint
-        return {
+        is_svdq = self._precision == "svdq"
+        parts = {"rank": settings.svdq_rank, "ranges": recipe.ranges.digest} if is_svdq else {}
+        return parts | {
             "model": recipe.entry.name,
             "precision": self._precision,
             "files": sources.facts_of_model(folder, single.path if single else None),
