@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from image_worker.commands.places import look_at_places
 from image_worker.errors import BrokenPicture, InvalidSettings, ModelMismatch, ModelUnavailable
 from image_worker.model import build as build_module
-from image_worker.model import ranges
+from image_worker.model import ranges, sources
 from image_worker.model.components import TRANSFORMER
 from image_worker.model.files import read_json
 from image_worker.model.formats import decomposition
@@ -25,6 +26,7 @@ from image_worker.model.placement import Plan
 from image_worker.model.ranges import KIND, Recorder
 from image_worker.model.stream import Held
 from image_worker.model.transformer import Transformer, velocities
+from image_worker.settings import Settings
 from tests import upstream
 from tests.conftest import MINI, MINI_FOLDER, build_mini, read_mini
 from tests.model.test_products import row
@@ -179,9 +181,31 @@ def svdq(folder: Path, **variables: str) -> Any:
     return build_mini(precision_mode="svdq", keep_prepared="1", model_dir=str(folder), **variables)
 
 
-def test_a_start_refuses_ranges_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ModelUnavailable, match=r"SVDQ_RANGES=.*nowhere.* is no file"):
-        svdq(tmp_path, svdq_ranges=str(tmp_path / "nowhere"))
+def test_ranges_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    """By a start and, before it, by the doctor."""
+    message = "SVDQ_RANGES=/nowhere/r.safetensors is no file"
+    with pytest.raises(ModelUnavailable, match=message):
+        svdq(tmp_path, svdq_ranges="/nowhere/r.safetensors")
+    settings = Settings(precision_mode="svdq", svdq_ranges=Path("/nowhere/r.safetensors"))
+    assert message in str(look_at_places(settings, MINI).problem)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, MINI.ranges),
+        ({"quantize_components": "text"}, None),
+        ({"precision_mode": "4bit"}, None),
+        ({"model_id": "someone/another"}, None),
+        ({"checkpoint": "another.gguf"}, None),
+        ({"svdq_ranges": MINI.ranges, "model_id": "someone/another"}, MINI.ranges),
+    ],
+)
+def test_a_models_own_ranges_are_for_its_own_weights(
+    variables: dict[str, Any], expected: Path | None
+) -> None:
+    settings = Settings(**{"precision_mode": "svdq"} | variables)
+    assert sources.ranges_of(MINI, settings) == expected
 
 
 def test_a_start_refuses_ranges_for_weights_that_are_in_few_bits_already(tmp_path: Path) -> None:
