@@ -72,7 +72,7 @@ def run_stock(module: Any, given: Any) -> None:
     module(
         hidden_states=given.image[None],
         encoder_hidden_states=given.text[None],
-        timestep=torch.tensor([given.timestep]),
+        timestep=torch.tensor([given.timestep]).to(given.image),
         img_shapes=[list(given.shapes)],
     )
 
