@@ -51,7 +51,9 @@ def test_jobs_become_ranges_that_a_start_takes(
     write("more.json", [job(seed=2), job(seed=3, prompt="remove the blue square")])
     assert call(monkeypatch, "one.json", "more.json", "-o", "ranges.safetensors") == 0
     said = capsys.readouterr().out
-    assert f"84 layers (3 of them read nothing), 3 jobs, 6 forwards, {precision}\n" in said
+    assert (
+        f"layers: 84, of which 3 read nothing; jobs: 3; forwards: 6; weights: {precision}\n" in said
+    )
     found = ranges.of_file(Path("ranges.safetensors"), CONFIG)
     ours = ranges.of_file(MINI.ranges, CONFIG)
     name = "transformer_blocks.0.attn.to_q"

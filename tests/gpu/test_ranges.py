@@ -21,7 +21,7 @@ from tests.model.test_ranges import ROWS, UNREAD, run_stock
 pytestmark = pytest.mark.gpu
 
 CARD = torch.device("cuda")
-TOLERANCE = 0.02  # bf16, rounded in other places
+TOLERANCE = 0.05  # bf16, rounded in other places; of CPUs' two ways it is 0.02
 
 
 @pytest.mark.parametrize("streamed", [(), (1, 2, 5, 6)])

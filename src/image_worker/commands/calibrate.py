@@ -162,7 +162,7 @@ def _record(worker: Worker, jobs: list[dict[str, Any]], target: Path) -> int:
         return 1
     layers = len(ranges.layers_of(transformer.config))
     sys.stdout.write(
-        f"{layers} layers ({unread} of them read nothing), {len(jobs)} jobs, "
-        f"{recorder.forwards} forwards, {worker.model.weights}\n{target}\n"
+        f"layers: {layers}, of which {unread} read nothing; jobs: {len(jobs)}; "
+        f"forwards: {recorder.forwards}; weights: {worker.model.weights}\n{target}\n"
     )
     return 0
