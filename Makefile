@@ -69,6 +69,7 @@ bench-throughput: $(VENV)/dev.stamp  ## jobs per second and latency by BATCH_SIZ
 miniature: $(VENV)/dev.stamp  ## train the embedded miniature again, on a CUDA card (about 22 minutes)
 	$(BIN)/python -m tools.miniature.train miniature-run
 	$(BIN)/python -m tools.miniature.package miniature-run src/image_worker/miniature
+	$(BIN)/python -m tools.miniature.ranges
 
 image:  ## the linux/amd64 container
 	./build.sh

@@ -76,7 +76,7 @@ def test_the_response_example_is_json_with_the_real_fields() -> None:
     assert set(example["timings"]) == set(reply["timings"])
 
 
-@pytest.mark.parametrize("name", ["edit", "doctor", "clean"])
+@pytest.mark.parametrize("name", ["edit", "doctor", "calibrate", "clean"])
 def test_the_command_line_is_the_code(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

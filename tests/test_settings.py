@@ -52,6 +52,7 @@ def test_an_empty_value_is_unset() -> None:
         ("MODEL", "edit-2510", "edit-2509"),
         ("PRECISION_MODE", "fp4", "bf16, fp8, 8bit, svdq, 4bit"),
         ("LIGHTNING_STEPS", "5", "4, 8"),
+        ("SVDQ_RANK", "48", "32, 64, 128"),
         ("LIGHTNING_STEPS", "eight", "4, 8"),
         ("USE_LIGHTNING_LORA", "maybe", "1 or 0"),
         ("GPU_MAX_GIB", "0", "a number above 0, up to 1024"),
@@ -95,6 +96,14 @@ def test_all_bad_values_are_named_at_once() -> None:
         {"COMPUTE": "int8", "PRECISION_MODE": "fp8"},
         {"COMPUTE": "int8", "PRECISION_MODE": "bf16"},
         {"COMPUTE": "int8", "QUANTIZE_COMPONENTS": "text"},
+        {"SVDQ_RANK": "128"},
+        {"SVDQ_RANK": "64", "PRECISION_MODE": "4bit"},
+        {"SVDQ_RANGES": "ranges.safetensors"},
+        {
+            "SVDQ_RANGES": "ranges.safetensors",
+            "PRECISION_MODE": "svdq",
+            "QUANTIZE_COMPONENTS": "text",
+        },
     ],
 )
 def test_contradictions_are_refused(env: dict[str, str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from image_worker.commands import clean, compare, doctor, edit
+from image_worker.commands import calibrate, clean, compare, doctor, edit
 
 
 def main() -> int:
@@ -30,6 +30,7 @@ def main() -> int:
         help="with --whole: then remove the checkpoint and the merged LoRAs from MODEL_DIR",
     )
     command.set_defaults(run=_prepare)
+    calibrate.add_to(commands)
     compare.add_to(commands)
     clean.add_to(commands)
     given, rest = parser.parse_known_args()

@@ -102,7 +102,8 @@ class ModelEntry:
     """One model: where it lives, what it accepts, how it is prompted and sampled.
 
     `area` is the picture area in pixels that references are resized to and that results have when
-    the job names no size; `vision_area` is what the text encoder sees (None: the same picture).
+    the job names no size; `vision_area` is what the text encoder sees (None: the same picture);
+    `ranges` is a file of activation ranges, which svdq is fitted to (see `model/ranges.py`).
     """
 
     name: str
@@ -117,6 +118,7 @@ class ModelEntry:
     steps: int = 40
     cfg_scale: float = 4.0
     lightning: Mapping[int, HubFile] = field(default_factory=dict)
+    ranges: Path | None = None
 
 
 _EDIT = (
@@ -234,6 +236,7 @@ CATALOG: Mapping[str, ModelEntry] = {
             lightning=_lightning(
                 str(_MINIATURE), "loras/miniature-lightning-{steps}steps-{version}-bf16.safetensors"
             ),
+            ranges=_MINIATURE / "svdq-ranges.safetensors",
         ),
     )
 }

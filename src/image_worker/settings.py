@@ -87,6 +87,14 @@ class Settings(BaseSettings):
     precision_mode: Literal["auto", "bf16", "fp8", "8bit", "svdq", "4bit"] = Field(
         "auto", description="how weights are stored on the card; auto picks by free memory"
     )
+    svdq_rank: Annotated[Literal[32, 64, 128], BeforeValidator(_number_in_text)] = Field(
+        32, description="rank of the part in 16 bits that svdq leaves beside its int4"
+    )
+    svdq_ranges: Path | None = Field(
+        None,
+        description="file of activation ranges that svdq fits the transformer to, as `python -m "
+        "image_worker calibrate` writes it",
+    )
     quantize_components: Literal["all", "text"] = Field(
         "all",
         description="what fp8, 8bit, svdq and 4bit apply to: everything, or the text encoder alone",
@@ -243,6 +251,7 @@ class Settings(BaseSettings):
             raise InvalidSettings(
                 "QUANTIZE_COMPONENTS=text has no meaning with PRECISION_MODE=bf16; drop one"
             )
+        self._refuse_svdq_without_meaning()
         self._refuse_products_without_meaning()
         if self.attention == "int8" and self.bnb_compute != "bf16":
             raise InvalidSettings("ATTENTION=int8 is for BNB_COMPUTE=bf16; drop one")
@@ -252,6 +261,20 @@ class Settings(BaseSettings):
             raise InvalidSettings(
                 f"INT8_CPU_OFFLOAD=1 contradicts PRECISION_MODE={self.precision_mode}; "
                 "use CPU_OFFLOAD=stream to offload at another precision"
+            )
+
+    def _refuse_svdq_without_meaning(self) -> None:
+        if self.precision_mode != "svdq":  # which auto never takes
+            for name in ("svdq_rank", "svdq_ranges"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise InvalidSettings(
+                        f"{name.upper()} has no meaning with PRECISION_MODE={self.precision_mode}; "
+                        "drop it, or set PRECISION_MODE=svdq"
+                    )
+        if self.svdq_ranges is not None and self.quantize_components == "text":
+            raise InvalidSettings(
+                "SVDQ_RANGES has no meaning with QUANTIZE_COMPONENTS=text, since they are of the "
+                "transformer; drop one"
             )
 
     def _refuse_products_without_meaning(self) -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from image_worker.errors import DoesNotFit
-from image_worker.model.formats import FORMATS
+from image_worker.model.formats import format_of
 from image_worker.model.packed import slots
 from image_worker.model.pinned import Pinned
 from image_worker.model.stream import Blocks, Held
@@ -23,7 +23,7 @@ WIDTH = 4096
 
 
 def layers(precision: Precision, count: int = 7) -> Blocks:
-    form, found = FORMATS[precision], []
+    form, found = format_of(precision), []
     generator = torch.Generator(CARD).manual_seed(0)
     for _ in range(count):
         weight = torch.randn(WIDTH, WIDTH, device=CARD, generator=generator).bfloat16() / 64

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from image_worker.errors import ModelMismatch
-from image_worker.model.formats import FORMATS
+from image_worker.model.formats import format_of
 from image_worker.model.packed import ALIGNMENT, Layout, slots, unit_of
 from image_worker.model.tensor_file import TensorFile, bytes_of, header
 from image_worker.settings import Precision
@@ -25,7 +25,7 @@ PRECISIONS: list[Precision] = ["bf16", "fp8", "8bit", "svdq", "4bit"]
 def module(precision: Precision, *, empty: bool = False) -> nn.Module:
     """A layer of odd sizes, one without weights of its own, and a buffer."""
     torch.manual_seed(0)
-    form = FORMATS[precision]
+    form = format_of(precision)
     weight = torch.randn(96, 192, dtype=torch.bfloat16)
     if form is None:
         layer: nn.Module = nn.Linear(192, 96, device="meta" if empty else None).bfloat16()

@@ -18,7 +18,7 @@ from image_worker.edit.denoise import denoise, start
 from image_worker.errors import ModelMismatch
 from image_worker.kernels.reference import decode_nf4
 from image_worker.model.components import TEXT_ENCODER, TRANSFORMER, Component
-from image_worker.model.formats import FORMATS, nf4
+from image_worker.model.formats import format_of, nf4
 from image_worker.model.formats.coded import CodedLinear
 from image_worker.model.formats.fp8 import Fp8Linear
 from image_worker.model.formats.svdq import SvdqWeight
@@ -131,7 +131,7 @@ def test_the_picture_stays_near_with_attention_in_int8() -> None:
 
 
 def test_int8_has_llm_int8s_threshold() -> None:
-    form = FORMATS["8bit"]
+    form = format_of("8bit")
     assert form is not None
     layer: Any = form.encode(torch.randn(64, 64).bfloat16(), False, torch.float16)
     assert layer.state.threshold == 6.0
@@ -178,7 +178,7 @@ def test_rows_that_are_no_blocks_are_refused() -> None:
 def test_the_forecast_of_a_layers_bytes_is_right(precision: Any) -> None:
     from image_worker.model.packed import slots
 
-    form = FORMATS[precision]
+    form = format_of(precision)
     assert form is not None
     layer = form.encode(torch.randn(1024, 512).bfloat16(), False, torch.bfloat16)
     unique = {slot.tensor.data_ptr(): slot.tensor.nbytes for slot in slots(layer)}

@@ -19,7 +19,7 @@ from image_worker.edit.denoise import denoise, start
 from image_worker.errors import CardLost, DoesNotFit
 from image_worker.model import build as build_module
 from image_worker.model.build import Model, build
-from image_worker.model.formats import FORMATS
+from image_worker.model.formats import format_of
 from image_worker.model.hardware import Hardware
 from image_worker.model.packed import Layout, slots
 from image_worker.model.pinned import OnDisk, Pinned
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 def layers(precision: Precision, count: int = 5) -> Blocks:
     torch.manual_seed(0)
-    form, found = FORMATS[precision], []
+    form, found = format_of(precision), []
     for _ in range(count):
         weight = torch.randn(256, 256) / 16
         if form is None:

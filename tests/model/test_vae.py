@@ -146,7 +146,7 @@ def test_nothing_that_only_joins_frames_is_kept(random: Any, tmp_path: Path) -> 
     save_file(stock.state_dict(), tmp_path / "vae.safetensors")
     with torch.device("meta"):
         ours = Vae(VaeConfig.parse(stock.config))
-    storage = weights.Storage(torch.float32, None, lambda _: False)
+    storage = weights.Storage(torch.float32)
     files = [tmp_path / "vae.safetensors"]
     weights.load(ours, files, storage, CPU, rename=VAE.rename, cut=VAE.cut)
     kept, there = (sum(p.nbytes for p in vae.parameters()) for vae in (ours, stock))

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from image_worker.errors import ModelMismatch
 from image_worker.model import weights
 from image_worker.model.components import text_encoder_name
-from image_worker.model.formats import FORMATS
+from image_worker.model.formats import format_of
+from image_worker.settings import Precision
 
-PLAIN = weights.Storage(torch.float32, None, lambda name: False)
+PLAIN = weights.Storage(torch.float32)
 CPU = torch.device("cpu")
 
 
@@ -57,7 +58,7 @@ def test_a_quantised_layer_gets_its_bias_before_or_after(bias_first: bool, tmp_p
     first, second = {"0.bias": given.pop("0.bias")}, given
     files = write(tmp_path, first, second)
     module = net()
-    form = weights.Storage(torch.float32, FORMATS["4bit"], lambda name: name == "0")
+    form = weights.Storage(torch.float32, lambda name: format_of("4bit") if name == "0" else None)
     weights.load(module, files if bias_first else files[::-1], form, CPU)
     assert type(module[0]).__name__ == "CodedLinear"
     assert torch.equal(module[0].bias, first["0.bias"])
@@ -83,13 +84,10 @@ def test_what_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "svdq", "4bit"])
-def test_the_forecast_of_bytes(precision: str, tmp_path: Path) -> None:
+def test_the_forecast_of_bytes(precision: Precision, tmp_path: Path) -> None:
     files = write(tmp_path, tensors())
-    storage = weights.Storage(
-        torch.bfloat16,
-        FORMATS[precision],
-        lambda name: name == "0",  # type: ignore[index]
-    )
+    form = format_of(precision)
+    storage = weights.Storage(torch.bfloat16, lambda name: form if name == "0" else None)
     others = 2 * (32 + 32 + 32 + 4 * 32)
     own = {
         "bf16": 2 * 64 * 32,

@@ -8,16 +8,15 @@ import json
 import shutil
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from image_worker.errors import CardLost, ModelUnavailable
 from image_worker.model import components, files, layers, prepared, weights
-from image_worker.model.formats import FORMATS
 from image_worker.model.prepared import MANIFEST, Prepared
-from image_worker.settings import Settings
+from image_worker.settings import Precision, Settings
 from tests.conftest import MINI_FOLDER
 from tests.model import cached_model, fake_hub
 from tests.model.cached_model import (
@@ -277,7 +276,7 @@ def test_sizes_are_the_same_with_and_without_files(quantised: str, dtype: Any) -
     found, made = (
         components.sizes(MINI_FOLDER, settings, dtype, has_weights=there) for there in (True, False)
     )
-    assert found == made and set(found) == set(FORMATS)
+    assert found == made and set(found) == set(get_args(Precision))
     assert all(size.rest and all(map(sum, size.blocks.values())) for size in found.values())
 
 

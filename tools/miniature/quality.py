@@ -134,7 +134,11 @@ def main() -> None:
 
 def make_examples(per_kind: int) -> Examples:
     """The held-out edits, drawn."""
-    edits = held_out_edits(per_kind)
+    return drawn(held_out_edits(per_kind))
+
+
+def drawn(edits: list[Edit]) -> Examples:
+    """Edits with their pictures."""
     before, answers, styled = pictures_of(edits)
     references = [
         draw(torch.from_numpy(pack([e.reference])))[0] if e.reference else None for e in edits

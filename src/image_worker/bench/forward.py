@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from image_worker.bench.random_model import CARD, KINDS, random_model, random_row
 from image_worker.bench.ways import EXTENTS, Extent, Way, relative, stock, ways_of
+from image_worker.model import ranges
+from image_worker.model.components import TRANSFORMER
 from image_worker.model.transformer import Row
 from image_worker.settings import Precision
 
@@ -118,13 +120,12 @@ def _compare(
     ways: list[Way] = []
     shared = None
     for kind in kinds:
-        ranges = _ranges(rows, options) if kind == "svdq-ranges" else None
         model = random_model(
             kind,
             outliers=options.outliers,
             modulation=torch.device("cpu") if extent == "ours alone" else CARD,
             shared=shared,
-            ranges=ranges,
+            ranges=_ranges(rows, options) if kind == "svdq-ranges" else None,
         )
         shared = shared or model
         ways += ways_of(kind, model, extent, options.lora)
@@ -138,8 +139,17 @@ def _compare(
 
 
 def _ranges(rows: dict[Any, Row], options: argparse.Namespace) -> dict[str, Tensor]:
-    """The largest absolute values of inputs, by layer and channel, of jobs like those measured."""
-    raise NotImplementedError
+    """Activation ranges, of jobs like those that are measured, but with other numbers."""
+    model = random_model(outliers=options.outliers)
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and TRANSFORMER.quantised(name)
+    ]
+    with ranges.watch(model, names) as recorder:
+        for side, references in rows:
+            stock(model, [random_row(side, references, seed=2)])
+    return recorder.ranges()
 
 
 def _measure(

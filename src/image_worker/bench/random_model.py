@@ -7,14 +7,14 @@ sixty blocks, so that errors of rounding are of the size that a real model's are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 from image_worker.bench import ggml
-from image_worker.model.formats import FORMATS, svdq
+from image_worker.model.formats import format_of
 from image_worker.model.formats.fp8 import Fp8Linear
 from image_worker.model.transformer import Row
 from image_worker.settings import Precision
@@ -24,7 +24,7 @@ OUTLIERS, OUTLIER_SIZE = 4, 20.0  # channels of each kind, and how much larger t
 CARD = torch.device("cuda")
 Outliers = Literal["inputs", "weights"]
 # In which the blocks' weights can be stored: ours, other ranks and kinds of svdq, files' formats.
-KINDS = (*FORMATS, "svdq-r128", "svdq-ranges", "fp8-file", *ggml.KINDS)
+KINDS = (*get_args(Precision), "svdq-r128", "svdq-ranges", "fp8-file", *ggml.KINDS)
 
 
 def random_model(
@@ -125,13 +125,12 @@ def quantise(
 def _encoded(weight: torch.Tensor, kind: str, path: str, ranges: torch.Tensor | None) -> Any:
     if kind in ggml.KINDS:
         return ggml.encode(weight, ggml.type_of(kind, path))
-    if kind == "svdq-r128":
-        return svdq.encode(weight, True, torch.bfloat16, rank=128)
-    if kind == "svdq-ranges":
-        return svdq.encode(weight, True, torch.bfloat16, ranges=ranges)
     if kind == "fp8-file":
         return _as_in_a_file(weight)
-    form = FORMATS[cast("Precision", kind)]
+    if kind in ("svdq-r128", "svdq-ranges"):
+        form = format_of("svdq", 128 if kind == "svdq-r128" else 32, ranges)
+    else:
+        form = format_of(cast("Precision", kind))
     assert form is not None
     return form.encode(weight, True, torch.bfloat16)
 

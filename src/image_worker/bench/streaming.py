@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
@@ -23,11 +23,11 @@ from image_worker.bench.forward import GIB, timed
 from image_worker.bench.random_model import CARD, random_model, random_row
 from image_worker.bench.ways import ours, stock
 from image_worker.compute import automatic
-from image_worker.model.formats import FORMATS
 from image_worker.model.packed import Layout, slots
 from image_worker.model.placement import RESERVE, which_pass
 from image_worker.model.stream import Held
 from image_worker.model.transformer import Transformer, velocities
+from image_worker.settings import Precision
 
 STOCK_GIB = 3.0  # of the limit, for diffusers' way beside ours
 _COLUMNS = ("weights", "how", "stays", "copied, GB", "copy, ms", "forward, ms", "± ms")
@@ -36,7 +36,7 @@ _COLUMNS = ("weights", "how", "stays", "copied, GB", "copy, ms", "forward, ms", 
 def main() -> None:
     """Measures; prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--precision", default="4bit", choices=FORMATS)
+    parser.add_argument("--precision", default="4bit", choices=get_args(Precision))
     parser.add_argument("--gib", type=float, nargs="+", default=[4.0], help="for ours, each")
     parser.add_argument("--resident", action="store_true", help="beside it, one whose blocks stay")
     parser.add_argument("--stock", action="store_true", help="beside it, diffusers' group offload")

@@ -66,27 +66,34 @@ def run(options: argparse.Namespace) -> int:
             settings = for_files(Settings.from_env())
             set_up_logging(settings)
         except WorkerError as error:
-            return _failed(error, 2)
+            return failed(error, 2)
         try:
             job = job_of(options)
             target = target_of(options)
             _check(job, settings)
         except WorkerError as error:
-            return _failed(error, 1)
+            return failed(error, 1)
         return _start_and_edit(settings, job, target)
     finally:
         gc.enable()
 
 
-def _start_and_edit(settings: Settings, job: dict[str, Any], target: Path | None) -> int:
+def start(settings: Settings) -> Worker | None:
+    """A worker; None: it cannot start, and the standard error has why."""
     from image_worker.worker import Worker
 
     try:
-        worker = Worker.from_settings(settings)
+        return Worker.from_settings(settings)
     except WorkerError as error:
-        return _failed(error, 2)
+        failed(error, 2)
     except Exception:  # the start's own catch-all, as in serve/main.py
         log.exception("error: the worker could not start")
+    return None
+
+
+def _start_and_edit(settings: Settings, job: dict[str, Any], target: Path | None) -> int:
+    worker = start(settings)
+    if worker is None:
         return 2
     try:
         return _edit(worker, job, target)
@@ -271,6 +278,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _failed(error: WorkerError, status: int) -> int:
+def failed(error: WorkerError, status: int) -> int:
+    """Says what is wrong. Returns the exit status."""
     sys.stderr.write(f"error: {error.type}: {error}\n")
     return status

@@ -55,8 +55,9 @@ def has_token() -> bool:
 def _has_model(settings: Settings, entry: ModelEntry) -> tuple[bool, str | None]:
     """Whether it is there, and what a start would refuse before it downloads."""
     try:
-        from image_worker.model import files
+        from image_worker.model import files, sources
 
+        sources.ranges_of(entry, settings)
         return files.model_here(entry, settings) is not None, None
     except ImportError:  # told as a missing package
         return False, None

@@ -27,7 +27,7 @@ Scaled = tuple[Lora, float]  # a LoRA and what its change is multiplied by
 _PIECE = 4096  # tokens whose rounded values are widened at a time
 
 # Of a block's products, the layers for pictures and those for prompts, as checkpoints name them.
-_PRODUCTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+PRODUCTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "qkv": (
         ("attn.to_q", "attn.to_k", "attn.to_v"),
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -178,12 +178,12 @@ class Adapter:
 
         def change(number: int, product: str) -> Change:
             prefix = f"transformer_blocks.{number}."
-            return Change(*(joined(*(prefix + n for n in names)) for names in _PRODUCTS[product]))
+            return Change(*(joined(*(prefix + n for n in names)) for names in PRODUCTS[product]))
 
         outside = {name: joined(name) for name in _OUTSIDE}
         return cls(
             tuple(
-                Changes(*(change(number, product) for product in _PRODUCTS))
+                Changes(*(change(number, product) for product in PRODUCTS))
                 for number in range(blocks)
             ),
             {name: found for name, found in outside.items() if found is not None},

@@ -22,7 +22,14 @@ from torch import nn
 from image_worker import checkpoints
 from image_worker.catalog import LIGHTNING_SAMPLER, ModelEntry, Sampler
 from image_worker.errors import DoesNotFit, OutOfMemory
-from image_worker.model import components, files, from_checkpoint, libraries, numbers, sources
+from image_worker.model import (
+    components,
+    files,
+    from_checkpoint,
+    libraries,
+    numbers,
+    sources,
+)
 from image_worker.model.adapters import Adapter
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.cold_start import ColdStart
@@ -197,6 +204,7 @@ def _recipe(
         is_complete=found.is_complete,
         checkpoints=opened.checkpoints,
         beside=opened.beside,
+        ranges=opened.ranges,
     )
 
 

@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from image_worker.catalog import ModelEntry
 from image_worker.errors import ModelMismatch
 from image_worker.model import files, from_checkpoint, weights
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import PATCH, VAE_SCALE, TransformerConfig, VaeConfig
-from image_worker.model.formats import FORMATS
+from image_worker.model.formats import Format, format_of
 from image_worker.model.opening import Plain, in_own_format
 from image_worker.model.packed import HOST, Slot, slots, unit_of
 from image_worker.model.placement import Shape, Sizes
@@ -83,12 +83,21 @@ class Component:
                 blocks.stream(found, device)
 
     def storage(
-        self, precision: Precision, settings: Settings, dtype: torch.dtype
+        self,
+        precision: Precision,
+        settings: Settings,
+        dtype: torch.dtype,
+        ranges: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> weights.Storage:
-        """How this component's weights are kept."""
-        everything = settings.quantize_components == "all"
-        form = FORMATS[precision] if everything or self.name == "text_encoder" else None
-        return weights.Storage(dtype, form, self.quantised, self.on_disk)
+        """How this component's weights are kept. ranges: by layers, as of `svdq.encode`."""
+        applies = settings.quantize_components == "all" or self.name == "text_encoder"
+
+        def form(path: str) -> Format | None:
+            if not (applies and self.quantised(path)):
+                return None
+            return format_of(precision, settings.svdq_rank, ranges.get(path))
+
+        return weights.Storage(dtype, form, self.on_disk)
 
 
 def text_encoder_name(name: str) -> str | None:
@@ -198,7 +207,7 @@ def sizes(
 
     return {
         precision: _sizes({component: stored(component, precision) for component in ALL}, beside)
-        for precision in FORMATS
+        for precision in get_args(Precision)
     }
 
 

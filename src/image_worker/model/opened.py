@@ -9,11 +9,12 @@ from typing import Any
 
 from image_worker import checkpoints
 from image_worker.errors import InvalidSettings
-from image_worker.model import text_checkpoint
+from image_worker.model import ranges, text_checkpoint
 from image_worker.model.beside import Beside
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import TransformerConfig
 from image_worker.model.opening import Plain, in_own_format, open_checkpoint
+from image_worker.model.ranges import Ranges
 from image_worker.model.sources import Sources
 from image_worker.settings import Settings
 
@@ -23,11 +24,13 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Opened:
     """checkpoints: files that components' weights are in instead of the folder's, by the
-    components' names; beside: the LoRAs of all jobs, if the transformer's format takes none.
+    components' names; beside: the LoRAs of all jobs, if the transformer's format takes none;
+    ranges: of its activations.
     """
 
     checkpoints: Mapping[str, Checkpoint | Plain]
     beside: Beside | None
+    ranges: Ranges
 
 
 def open_files(found: Sources, settings: Settings, configs: Mapping[str, dict[str, Any]]) -> Opened:
@@ -43,6 +46,7 @@ def open_files(found: Sources, settings: Settings, configs: Mapping[str, dict[st
     return Opened(
         {name: single for name, single in opened.items() if single is not None},
         read_beside(found, transformer, configs["transformer"]),
+        ranges.of_file(found.ranges, configs["transformer"]),
     )
 
 
@@ -55,7 +59,7 @@ def open_transformer(
 
     Raises:
         ModelMismatch: it does not fit the model, or is not understood.
-        InvalidSettings: it is not known whether Lightning is in it.
+        InvalidSettings: it is not known whether Lightning is in it; ranges have no meaning with it.
     """
     if found.checkpoint is None:
         return None
@@ -64,6 +68,11 @@ def open_transformer(
     log.info("transformer: %s, %s", found.checkpoint.name, opened.label)
     if own := in_own_format(opened):
         _check_lightning(own, settings)
+        if found.ranges:
+            raise InvalidSettings(
+                f"SVDQ_RANGES has no meaning with {found.checkpoint.name}, whose weights stay in "
+                f"{own.label}; drop one"
+            )
     return opened
 
 

@@ -24,6 +24,7 @@ from image_worker.model.components import Component
 from image_worker.model.lora import Lora
 from image_worker.model.modulation import Read
 from image_worker.model.opening import Plain, in_own_format
+from image_worker.model.ranges import NO_RANGES, Ranges
 from image_worker.model.transformer import ROUND_TO, Transformer
 from image_worker.settings import Precision, Settings
 
@@ -37,7 +38,8 @@ class Recipe:
     loras: files to merge into the transformer; compute: what it multiplies weights in few bits in;
     int8_attention: it attends in int8; is_complete: all files are there, not just the small ones;
     checkpoints: files that components' weights are in instead of the folder's, by the components'
-    names; beside: LoRAs that are not merged, because those weights are in a format of their own.
+    names; beside: LoRAs that are not merged, because those weights are in a format of their own;
+    ranges: of the transformer's activations.
     """
 
     settings: Settings
@@ -51,10 +53,15 @@ class Recipe:
     is_complete: bool = True
     checkpoints: Mapping[str, Checkpoint | Plain] = field(default_factory=dict)
     beside: Beside | None = None
+    ranges: Ranges = NO_RANGES
 
     def checkpoint_of(self, component: Component) -> Checkpoint | Plain | None:
         """The file that this component's weights are in, if not in the folder's."""
         return self.checkpoints.get(component.name)
+
+    def storage(self, component: Component, precision: Precision) -> weights.Storage:
+        """How this component's weights are kept."""
+        return component.storage(precision, self.settings, self.dtype, self.ranges.layers)
 
 
 class Incomplete(Exception):
@@ -81,7 +88,7 @@ def read_component(
         raise Incomplete
     folder = recipe.folder / component.name
     module = component.empty(folder)
-    storage = component.storage(precision, recipe.settings, recipe.dtype)
+    storage = recipe.storage(component, precision)
     if whole:
         storage = dataclasses.replace(storage, on_disk=lambda _: False)
 
@@ -112,7 +119,7 @@ def read_component(
 def empty_component(recipe: Recipe, component: Component, precision: Precision) -> nn.Module:
     """What `read_component` makes, without any tensor."""
     module = component.empty(recipe.folder / component.name)
-    storage = component.storage(precision, recipe.settings, recipe.dtype)
+    storage = recipe.storage(component, precision)
     if own := in_own_format(recipe.checkpoint_of(component)):
         from_checkpoint.empty(module, own, storage)
     else:

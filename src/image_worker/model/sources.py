@@ -15,7 +15,7 @@ from typing import Any
 
 from image_worker import checkpoints
 from image_worker.catalog import HubFile, ModelEntry
-from image_worker.errors import InvalidSettings
+from image_worker.errors import InvalidSettings, ModelUnavailable
 from image_worker.model import files, from_url
 from image_worker.settings import Settings
 
@@ -32,7 +32,8 @@ class Sources:
 
     is_complete: all files are there. Otherwise the folder has those that are small, and a LoRA's
     path is where it would be. checkpoint: a file that the transformer's weights are in instead;
-    text_encoder: one that the text encoder's are in.
+    text_encoder: one that the text encoder's are in; ranges: one of activation ranges, which
+    weights are to be fitted to.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Sources:
     is_complete: bool = True
     checkpoint: Path | None = None
     text_encoder: Path | None = None
+    ranges: Path | None = None
 
 
 Find = Callable[[ModelEntry, Settings, Sequence[Path]], Sources]
@@ -51,13 +53,20 @@ def find_all(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> Sou
     Raises:
         ModelUnavailable: files are missing and may not, or cannot, be downloaded.
     """
+    ranges = ranges_of(entry, settings)
     folder = files.find_model(entry, settings)
     loras = [files.find_adapter(lora, settings) for lora in loras_of(entry, settings)]
     checkpoint = from_url.find_checkpoint(settings) if settings.checkpoint else None
     text_encoder = (
         from_url.find_text_encoder(settings) if settings.text_encoder_checkpoint else None
     )
-    return Sources(folder, (*loras, *more), checkpoint=checkpoint, text_encoder=text_encoder)
+    return Sources(
+        folder,
+        (*loras, *more),
+        checkpoint=checkpoint,
+        text_encoder=text_encoder,
+        ranges=ranges,
+    )
 
 
 def find_least(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> Sources:
@@ -68,6 +77,7 @@ def find_least(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> S
     Raises:
         ModelUnavailable: small files are missing and may not, or cannot, be downloaded.
     """
+    ranges = ranges_of(entry, settings)
     whole = files.model_here(entry, settings)
     folder = whole or files.find_model(entry, settings, weights=False)
     loras = [
@@ -75,7 +85,7 @@ def find_least(entry: ModelEntry, settings: Settings, more: Sequence[Path]) -> S
         for lora in loras_of(entry, settings)
     ]
     is_complete = whole is not None and all(path.is_file() for path in loras)
-    return Sources(folder, (*loras, *more), is_complete)
+    return Sources(folder, (*loras, *more), is_complete, ranges=ranges)
 
 
 def loras_of(entry: ModelEntry, settings: Settings) -> list[HubFile]:
@@ -94,6 +104,27 @@ def loras_of(entry: ModelEntry, settings: Settings) -> list[HubFile]:
             "set USE_LIGHTNING_LORA=0 to go without"
         )
     return [file]
+
+
+def ranges_of(entry: ModelEntry, settings: Settings) -> Path | None:
+    """The file of activation ranges that the transformer's weights are to be fitted to, if any.
+
+    Those of a model of the catalogue are for its own weights.
+
+    Raises:
+        ModelUnavailable: it is not there.
+    """
+    if settings.precision_mode != "svdq" or settings.quantize_components != "all":
+        return None
+    path = settings.svdq_ranges
+    if path is None:
+        is_own = settings.model_id is None and settings.checkpoint is None
+        return entry.ranges if is_own else None
+    if not path.is_file():
+        raise ModelUnavailable(
+            f"SVDQ_RANGES={path} is no file; `python -m image_worker calibrate` writes one"
+        )
+    return path
 
 
 def facts_of_model(folder: Path, checkpoints: Mapping[str, Path]) -> list[list[Any]]:

@@ -231,7 +231,9 @@ class Store:
         recipe = self._recipe
         settings, folder = recipe.settings, recipe.folder
         singles = {name: single.path for name, single in recipe.checkpoints.items()}
-        return {
+        is_svdq = self._precision == "svdq"
+        parts = {"rank": settings.svdq_rank, "ranges": recipe.ranges.digest} if is_svdq else {}
+        return parts | {
             "model": recipe.entry.name,
             "precision": self._precision,
             "files": sources.facts_of_model(folder, singles),

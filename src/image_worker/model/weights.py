@@ -32,13 +32,13 @@ Cut = Callable[[Tensor], Tensor]
 class Storage:
     """How a component's weights are kept.
 
-    `stores(name)` says whether the linear layer of that name is kept in `format`; all else is kept
-    in `dtype`. `on_disk(name)`: whether that layer is not loaded, but read whenever it is needed.
+    `format_of(name)`: how the weight of the linear layer of that name is stored; None: in `dtype`,
+    like all else. `on_disk(name)`: whether that layer is not loaded, but read whenever it is
+    needed.
     """
 
     dtype: torch.dtype
-    format: Format | None
-    stores: Callable[[str], bool]
+    format_of: Callable[[str], Format | None] = lambda name: None  # noqa: ARG005
     on_disk: Callable[[str], bool] = lambda name: False  # noqa: ARG005
 
 
@@ -93,9 +93,10 @@ def load(
 def empty(module: nn.Module, storage: Storage) -> None:
     """What `load` makes of `module`, without any tensor: its parameters stay on the meta device."""
     for path, layer in list(module.named_modules()):
-        if isinstance(layer, nn.Linear) and storage.format and storage.stores(path):
+        form = storage.format_of(path) if isinstance(layer, nn.Linear) else None
+        if form is not None:
             bias = layer.bias is not None
-            found = storage.format.empty(layer.out_features, layer.in_features, bias, storage.dtype)
+            found = form.empty(layer.out_features, layer.in_features, bias, storage.dtype)
             found.bias = layer.bias
             module.set_submodule(path, found)
 
@@ -160,12 +161,12 @@ def _place(
     tensor = tensor.to(device=device, dtype=storage.dtype)
     if leaf == "weight":
         tensor = _with_loras(tensor, path, loras)
-    quantised = storage.format is not None and leaf == "weight" and storage.stores(path)
-    if not (quantised and isinstance(owner, nn.Linear)):
+    is_weight = leaf == "weight" and isinstance(owner, nn.Linear)
+    form = storage.format_of(path) if is_weight else None
+    if form is None:
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
         return
-    assert storage.format is not None
-    layer = storage.format.encode(tensor, owner.bias is not None, storage.dtype)
+    layer = form.encode(tensor, owner.bias is not None, storage.dtype)
     layer.bias = owner.bias  # loaded already, or still to come
     layer.requires_grad_(False)
     module.set_submodule(path, layer)
@@ -204,10 +205,8 @@ def stored_bytes(shapes: Mapping[str, torch.Size], storage: Storage) -> dict[str
         path, _, leaf = name.rpartition(".")
         if storage.on_disk(path):
             continue
-        if storage.format and leaf == "weight" and len(shape) == 2 and storage.stores(path):
-            found[name] = storage.format.size(*shape)
-        else:
-            found[name] = storage.dtype.itemsize * shape.numel()
+        form = storage.format_of(path) if leaf == "weight" and len(shape) == 2 else None
+        found[name] = form.size(*shape) if form else storage.dtype.itemsize * shape.numel()
     return found
 
 

@@ -6,6 +6,7 @@ that layer without its tensors, to be filled from bytes that were encoded before
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,10 +32,25 @@ class Format:
     size: Callable[[int, int], int]
 
 
-FORMATS: dict[Precision, Format | None] = {
-    "bf16": None,  # as the checkpoint has it
+def format_of(
+    precision: Precision, rank: int = svdq.RANK, ranges: Tensor | None = None
+) -> Format | None:
+    """How a linear layer is stored at that precision; None: as the checkpoint has it.
+
+    rank, ranges: of `svdq.encode`; no other format has any.
+    """
+    if precision == "svdq":
+        return Format(
+            functools.partial(svdq.encode, rank=rank, ranges=ranges),
+            functools.partial(svdq.empty, rank=rank),
+            functools.partial(svdq.size, rank=rank),
+        )
+    return _FORMATS[precision]
+
+
+_FORMATS: dict[Precision, Format | None] = {
+    "bf16": None,
     "fp8": Format(fp8.encode, fp8.empty, fp8.size),
     "8bit": Format(int8.encode, int8.empty, int8.size),
-    "svdq": Format(svdq.encode, svdq.empty, svdq.size),
     "4bit": Format(nf4.encode, nf4.empty, nf4.size),
 }

@@ -19,7 +19,7 @@ from image_worker.model.formats.coded import Coded, CodedLinear
 from image_worker.model.formats.decomposition import GROUP, decompose
 from image_worker.model.packed import joined
 
-RANK = 32  # of low-rank parts that are made here, as in most published files
+RANK = 32  # of low-rank parts, unless another one is asked for: as in most published files
 _PIECE = 1024  # rows at a time in 32 bits: cards are planned without room for all of them
 
 
@@ -109,8 +109,8 @@ def encode(
 ) -> nn.Module:
     """A layer that holds `weight` (out, in), quantised on the device it is on.
 
-    rank: of the low-rank part, if the weight has as many rows and columns; ranges (in): the largest
-    absolute values of inputs, by which they are smoothed, or None.
+    rank: of the low-rank part, if the weight has as many rows and columns; ranges (in): as of
+    `decompose`.
 
     Raises:
         ModelMismatch: its rows cannot be cut into groups.
@@ -126,9 +126,16 @@ def encode(
     )
 
 
-def empty(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> nn.Module:  # noqa: ARG001
+def empty(
+    rows: int,
+    columns: int,
+    bias: bool,  # noqa: ARG001
+    dtype: torch.dtype,  # noqa: ARG001
+    *,
+    rank: int = RANK,
+) -> nn.Module:
     """The same layer, its tensors on the meta device."""
-    rank = min(RANK, rows, columns)
+    rank = min(rank, rows, columns)
 
     def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -144,8 +151,8 @@ def empty(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> nn.Module:
     )
 
 
-def size(rows: int, columns: int) -> int:
+def size(rows: int, columns: int, *, rank: int = RANK) -> int:
     """Bytes: half a byte a value, two a group and a number of a factor, four a column."""
-    rank = min(RANK, rows, columns)
+    rank = min(rank, rows, columns)
     groups = rows * columns // GROUP
     return rows * columns // 2 + 2 * groups + 2 * rank * (rows + columns) + 4 * columns
