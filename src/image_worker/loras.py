@@ -65,12 +65,12 @@ class Style:
         found = model.adapters.get(self.key)
         if found is not None:
             return found
-        blocks = len(model.transformer.blocks)
+        reads = model.transformer.reads
         try:
             scaled = [(self.loras.read(wanted), scale) for wanted, scale in self.wanted]
             found = with_room(
                 model.make_room,
-                lambda: Adapter.of(self.key, scaled, blocks, model.device, model.dtype),
+                lambda: Adapter.of(self.key, scaled, reads, model.device, model.dtype),
             )
         except ModelMismatch as error:
             raise InvalidLora(error.message, field="loras") from error

@@ -121,7 +121,9 @@ def test_the_reference_multiplies_what_was_rounded(round_to: torch.dtype) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("round_to", [FP8, torch.int8])
 @pytest.mark.parametrize("text", [0, 77, 256])
-@pytest.mark.parametrize(("columns", "rows"), [(3072, 9216), (3072, 12288), (12288, 3072)])
+@pytest.mark.parametrize(
+    ("columns", "rows"), [(3072, 9216), (3072, 12288), (12288, 3072), (3072, 128)]
+)
 def test_products_of_the_full_model(
     columns: int, rows: int, text: int, round_to: torch.dtype
 ) -> None:

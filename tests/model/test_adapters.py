@@ -16,9 +16,10 @@ from image_worker.compute import Compute
 from image_worker.errors import ModelMismatch
 from image_worker.kernels.reference import quantise
 from image_worker.model import adapters, lora_format
-from image_worker.model.adapters import Adapter, LowRank, Scaled
+from image_worker.model.adapters import PRODUCTS, Adapter
 from image_worker.model.components import TRANSFORMER
 from image_worker.model.lora import Lora, LoraPair
+from image_worker.model.low_rank import Change, LowRank, Reads, RoundedChange, Scaled, Ups
 from image_worker.model.transformer import ROUND_TO, Transformer, velocities
 from image_worker.settings import Precision
 from tests import upstream
@@ -65,7 +66,8 @@ def made_up(names: Iterable[str], seed: int = 0, rank: int = 4) -> Lora:
 
 
 def adapter(*loras: Scaled) -> Adapter:
-    return Adapter.of("key", loras, BLOCKS, CPU, torch.float32)
+    reads: Reads = dict.fromkeys(PRODUCTS)
+    return Adapter.of("key", loras, [reads] * BLOCKS, CPU, torch.float32)
 
 
 def merged(source: Any, *loras: Scaled) -> Any:
@@ -94,7 +96,8 @@ def test_live_is_merged_whatever_the_weights_are_in(precision: Precision, comput
     lora = made_up(IN_BLOCKS)
     live = served(source(precision), compute)
     plain = velocities(live, ROWS)
-    found = velocities(live, ROWS, adapter((lora, 6.0)))
+    made = Adapter.of("key", [(lora, 6.0)], live.reads, CPU, torch.float32)
+    found = velocities(live, ROWS, made)
     expected = velocities(served(merged(source(precision), (lora, 6.0))), ROWS)
     without = velocities(served(merged(source(precision))), ROWS)
     rounding = distances(plain, without)  # of the products, without any LoRA
@@ -145,26 +148,33 @@ def test_diffusers_live_loras_give_the_same() -> None:
     theirs = upstream.transformer(copy.deepcopy(base))
     theirs.load_lora_adapter(convert(load_file(STYLE)), adapter_name="style")
     theirs.set_adapters(["style"], [0.7])
-    ours = Adapter.of("key", [(Lora.read(STYLE), 0.7)], 7, CPU, torch.float32)
+    ours = Adapter.of(
+        "key", [(Lora.read(STYLE), 0.7)], [dict.fromkeys(PRODUCTS)] * 7, CPU, torch.float32
+    )
     live = Transformer(base, CPU, torch.float32, round_to=None).eval()
     for given, found in zip(ROWS, velocities(live, ROWS, ours), strict=True):
         expected = upstream.velocity(theirs, given)
         assert relative(found, expected) < EXACT
 
 
-def test_rounded_activations_are_read_as_what_they_stand_for(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("round_to", "lost"), [(torch.float8_e4m3fn, 2e-3), (torch.int8, 1e-4)])
+@pytest.mark.parametrize("streams", ["both", "image", "text"])
+def test_rounded_inputs_are_read_as_what_they_stand_for(
+    round_to: torch.dtype, lost: float, streams: str
 ) -> None:
-    monkeypatch.setattr(adapters, "_PIECE", 3)
-    x = torch.randn(10, 16)
-    low = LowRank(torch.randn(2, 16), ((slice(4, 8), slice(0, 2), torch.randn(4, 2)),))
-    for round_to in (torch.float8_e4m3fn, torch.int8):
-        rounded = quantise(x, round_to)
-        found, expected = torch.zeros(10, 8), torch.zeros(10, 8)
-        low.add_to(found, rounded)
-        low.add_to(expected, rounded.values.float() * rounded.scales)
-        assert torch.allclose(found, expected, atol=1e-5)
-        assert not found[:, :4].any()
+    """`down` is rounded with them, to two numbers for each."""
+    x, text_tokens = quantise(torch.randn(10, 16), round_to), 3
+    image = LowRank(torch.randn(2, 16), Ups(((slice(4, 8), slice(0, 2), torch.randn(4, 2)),)))
+    text = LowRank(torch.randn(11, 16), Ups(((slice(0, 8), slice(0, 11), torch.randn(8, 11)),)))
+    change = Change(
+        image if streams != "text" else None,
+        text if streams != "image" else None,
+    )
+    found, expected = torch.zeros(10, 8), torch.zeros(10, 8)
+    RoundedChange.of(change, round_to).add_to(found, x, text_tokens)
+    change.add_to(expected, x.values.float() * x.scales, text_tokens)
+    assert relative(found, expected) < lost
+    assert not found[text_tokens:, :4].any(), "it is not added to other layers' outputs"
 
 
 def test_tables_are_made_again_only_for_loras_that_change_them() -> None:
@@ -188,7 +198,7 @@ def test_what_it_takes_is_known_before_it_is_made() -> None:
 def test_values_that_the_type_cannot_hold_are_refused() -> None:
     lora = made_up(["attn.to_q"])
     with pytest.raises(ModelMismatch, match="too large"):
-        Adapter.of("key", [(lora, 1e6)], BLOCKS, CPU, torch.float16)
+        Adapter.of("key", [(lora, 1e6)], [dict.fromkeys(PRODUCTS)], CPU, torch.float16)
 
 
 def test_a_lora_of_another_model_is_refused() -> None:

@@ -15,12 +15,13 @@ from torch import Tensor
 from image_worker.bench.ways import relative
 from image_worker.compute import Compute
 from image_worker.errors import InvalidSettings, ModelMismatch
-from image_worker.model.adapters import Adapter
+from image_worker.model.adapters import PRODUCTS, Adapter
 from image_worker.model.beside import Beside
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import TransformerConfig
 from image_worker.model.files import read_json
 from image_worker.model.lora import Lora
+from image_worker.model.low_rank import Reads
 from image_worker.model.opened import open_transformer, read_beside
 from image_worker.model.opening import in_own_format, open_checkpoint
 from image_worker.model.skeleton import Skeleton
@@ -35,6 +36,7 @@ from tests.model.test_gguf_checkpoint import mixed, source_of
 from tests.model.test_scaled_fp8 import CONFIG, FP8, quantised, weights
 from tools import ggml
 
+WIDE: Reads = dict.fromkeys(PRODUCTS)
 CPU, META = torch.device("cpu"), torch.device("meta")
 LIGHTNING = MINI_FOLDER / "loras" / "miniature-lightning-8steps-V1.0-bf16.safetensors"
 
@@ -105,14 +107,13 @@ def rows(checkpoint: Checkpoint) -> list[Row]:
 
 def served(checkpoint: Checkpoint, beside: Beside | None, compute: Compute) -> Transformer:
     source: Any = source_of(checkpoint, config_of(checkpoint), torch.float32)
-    blocks = len(source.transformer_blocks)
     return Transformer(
         source,
         CPU,
         torch.float32,
         round_to=ROUND_TO[compute],
         read=functools.partial(checkpoint.full, device=CPU),
-        beside=beside.adapter(blocks, CPU, torch.float32) if beside else None,
+        beside=beside,
     ).eval()
 
 
@@ -165,7 +166,7 @@ def test_beside_is_merged_in_every_format(
     found, merged = velocities(live, given), stock(checkpoint, *paths)
     assert distance(found, merged) < 2 * rounding + EXACT
     assert distance(stock(checkpoint), merged) > 2 * distance(found, merged), "it does something"
-    adapter = Adapter.of("own", [(Lora.read(own), 1.0)], len(live.blocks), CPU, torch.float32)
+    adapter = Adapter.of("own", [(Lora.read(own), 1.0)], live.reads, CPU, torch.float32)
     on_top = velocities(live, given, adapter)
     assert distance(on_top, stock(checkpoint, *paths, own)) < 2 * rounding + EXACT
     assert distance(on_top, merged) > 2 * distance(found, merged)
@@ -176,7 +177,11 @@ def test_beside_is_merged_in_every_format(
 def test_what_it_takes_on_the_card_is_known_before(tmp_path: Path) -> None:
     checkpoint = opened(svdq(tmp_path))
     beside = Beside.read([of_all_layers(checkpoint, tmp_path)], test_nunchaku.checkpoint().config)
-    assert beside.card_bytes(torch.bfloat16) == beside.adapter(2, CPU, torch.bfloat16).nbytes > 0
+    assert (
+        beside.card_bytes(torch.bfloat16)
+        == beside.adapter([WIDE] * 2, CPU, torch.bfloat16).nbytes
+        > 0
+    )
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_a_lora_that_does_not_fit_is_refused_before_anything_is_loaded(
 def test_jobs_share_forwards_with_those_of_the_same_loras(tmp_path: Path) -> None:
     model = build_mini(checkpoint=str(scaled_fp8(tmp_path)))
     lora = Lora.read(LIGHTNING.with_name(STYLE))
-    own = Adapter.of("own", [(lora, 1.0)], len(model.transformer.blocks), CPU, torch.float32)
+    own = Adapter.of("own", [(lora, 1.0)], model.transformer.reads, CPU, torch.float32)
     given = encode(model, "blur it", None, [make_picture()])
     options: dict[str, Any] = {"seed": 1, "steps": 2, "cfg_scale": 1.0}
     pictures = [start(model, given, (64, 64), **options, adapter=one) for one in (None, own, own)]

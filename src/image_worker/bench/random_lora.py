@@ -28,4 +28,4 @@ def random_adapter(transformer: Transformer, rank: int) -> Adapter:
             )
             pairs[path] = LoraPair(down * columns**-0.5, up * rank**-0.5, 0.1)
     lora = [(Lora("random", pairs), 1.0)]
-    return Adapter.of("random", lora, len(transformer.blocks), CARD, torch.bfloat16)
+    return Adapter.of("random", lora, transformer.reads, CARD, torch.bfloat16)

@@ -13,18 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from image_worker.errors import ModelMismatch
-from image_worker.kernels.reference import Activation, Quantised
 from image_worker.model.components import is_modulation
 from image_worker.model.configs import TransformerConfig
 from image_worker.model.formats.coded import CodedLinear
 from image_worker.model.formats.fp8 import Fp8Linear
 from image_worker.model.lora import Lora, LoraPair
+from image_worker.model.low_rank import (
+    Change,
+    Changes,
+    LowRank,
+    Reads,
+    RoundedChange,
+    Scaled,
+    low_rank,
+)
 from image_worker.model.skeleton import Skeleton
-
-Scaled = tuple[Lora, float]  # a LoRA and what its change is multiplied by
-
-_PIECE = 4096  # tokens whose rounded values are widened at a time
 
 # Of a block's products, the layers for pictures and those for prompts, as checkpoints name them.
 PRODUCTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -38,68 +41,6 @@ PRODUCTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 _OUTSIDE = ("img_in", "txt_in", "proj_out")
 _TIMESTEP = "time_text_embed."  # what embeds it
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What is added to layers that read the same and whose outputs stand side by side.
-
-    down (ranks, in): of all layers and LoRAs; ups: of each layer which of the outputs and of the
-    ranks are its own, and (out, rank).
-    """
-
-    down: Tensor
-    ups: tuple[tuple[slice, slice, Tensor], ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Of its tensors."""
-        return self.down.nbytes + sum(up.nbytes for _, _, up in self.ups)
-
-    def add_to(self, into: Tensor, x: Activation) -> None:
-        """Into (N, out), which the layers made of x (N, in)."""
-        if isinstance(x, Quantised):
-            for first in range(0, len(into), _PIECE):
-                piece = slice(first, first + _PIECE)
-                self.add_to(into[piece], _widened(x, piece))
-            return
-        low = x @ self.down.t()
-        for outputs, ranks, up in self.ups:
-            into[:, outputs].addmm_(low[:, ranks], up.t())
-
-
-@dataclass(frozen=True)
-class Change:
-    """What is added to a product of both streams; None: nothing."""
-
-    image: LowRank | None = None
-    text: LowRank | None = None
-
-    def add_to(self, into: Tensor, x: Activation, text_tokens: int) -> None:
-        """Into (N, out), the product of x (N, in), of which the first are prompts' tokens."""
-        if self.text is not None and text_tokens:
-            self.text.add_to(into[:text_tokens], x[:text_tokens])
-        if self.image is not None:
-            self.image.add_to(into[text_tokens:], x[text_tokens:])
-
-
-@dataclass(frozen=True)
-class Changes:
-    """What is added to the products of a block."""
-
-    qkv: Change
-    out: Change
-    up: Change
-    down: Change
-
-
-def added(
-    product: str, changes: Sequence[Changes], into: Tensor, x: Activation, text_tokens: int
-) -> Tensor:
-    """`into`, to which all changes of the product of that name were added: as `Change.add_to`."""
-    for one in changes:
-        getattr(one, product).add_to(into, x, text_tokens)
-    return into
 
 
 class Timestep:
@@ -160,11 +101,12 @@ class Adapter:
         cls,
         key: Hashable,
         loras: Sequence[Scaled],
-        blocks: int,
+        reads: Sequence[Reads],
         device: torch.device,
         dtype: torch.dtype,
     ) -> Adapter:
-        """key: the same for equal LoRAs and scales only; dtype: what is computed in.
+        """key: the same for equal LoRAs and scales only; reads: as of `Transformer`, of each block;
+        dtype: what is computed in.
 
         LoRAs have passed `check`.
 
@@ -174,17 +116,19 @@ class Adapter:
         """
 
         def joined(*names: str) -> LowRank | None:
-            return _joined(names, loras, device, dtype)
+            return low_rank(names, loras, device, dtype)
 
-        def change(number: int, product: str) -> Change:
+        def change(number: int, product: str) -> Change | RoundedChange:
             prefix = f"transformer_blocks.{number}."
-            return Change(*(joined(*(prefix + n for n in names)) for names in PRODUCTS[product]))
+            streams = (joined(*(prefix + n for n in names)) for names in PRODUCTS[product])
+            found, round_to = Change(*streams), reads[number][product]
+            return RoundedChange.of(found, round_to) if found.nbytes and round_to else found
 
         outside = {name: joined(name) for name in _OUTSIDE}
         return cls(
             tuple(
                 Changes(*(change(number, product) for product in PRODUCTS))
-                for number in range(blocks)
+                for number in range(len(reads))
             ),
             {name: found for name, found in outside.items() if found is not None},
             Timestep(key, loras) or None,
@@ -199,8 +143,7 @@ class Adapter:
     def nbytes(self) -> int:
         """On its device."""
         changes = (change for block in self.blocks for change in vars(block).values())
-        parts = (part for change in changes for part in (change.image, change.text) if part)
-        return sum(part.nbytes for part in (*parts, *self.outside.values()))
+        return sum(part.nbytes for part in (*changes, *self.outside.values()))
 
 
 def _wide(layer: Any) -> Tensor:
@@ -240,50 +183,10 @@ def is_of_timestep(name: str) -> bool:
 
 
 def card_bytes(loras: Iterable[Scaled], dtype: torch.dtype) -> int:
-    """What their adapter takes on its device."""
+    """What their adapter takes on its device, but for scales where inputs are rounded."""
     return sum(
         (pair.down.numel() + pair.up.numel()) * dtype.itemsize
         for lora, _ in loras
         for name, pair in lora.pairs.items()
         if not is_of_timestep(name)
     )
-
-
-def _joined(
-    names: Sequence[str], loras: Sequence[Scaled], device: torch.device, dtype: torch.dtype
-) -> LowRank | None:
-    """Of layers of one shape, in the order of their outputs. Put together where it will lie, which
-    takes a card no time.
-    """
-    downs, ups, rank = [], [], 0
-    for number, name in enumerate(names):
-        pairs = [(lora.pairs[name], scale) for lora, scale in loras if name in lora.pairs]
-        if not pairs:
-            continue
-        up = torch.cat(
-            [pair.up.to(device).float() * (pair.scale * scale) for pair, scale in pairs], dim=1
-        )
-        outputs, own = len(up), up.shape[1]
-        ups.append(
-            (
-                slice(number * outputs, (number + 1) * outputs),
-                slice(rank, rank + own),
-                _held(name, up, dtype),
-            )
-        )
-        downs += [pair.down.to(device).float() for pair, _ in pairs]
-        rank += own
-    if not ups:
-        return None
-    return LowRank(_held(names[0], torch.cat(downs), dtype), tuple(ups))
-
-
-def _held(name: str, wide: Tensor, dtype: torch.dtype) -> Tensor:
-    found = wide.to(dtype)
-    if not torch.isfinite(found).all():
-        raise ModelMismatch(f"the change of {name} is too large for the type that is computed in")
-    return found
-
-
-def _widened(x: Quantised, piece: slice) -> Tensor:
-    return x.values[piece].to(x.dtype).mul_(x.scales[piece])

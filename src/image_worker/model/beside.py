@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from image_worker.model import adapters
-from image_worker.model.adapters import Adapter
+from image_worker.model.adapters import Adapter, Timestep
 from image_worker.model.configs import TransformerConfig
 from image_worker.model.lora import Lora
+from image_worker.model.low_rank import Reads, Scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +39,22 @@ class Beside:
 
     def card_bytes(self, dtype: torch.dtype) -> int:
         """What `adapter` takes on its device."""
-        return adapters.card_bytes([(lora, 1.0) for lora in self.loras], dtype)
+        return adapters.card_bytes(self._scaled, dtype)
 
-    def adapter(self, blocks: int, device: torch.device, dtype: torch.dtype) -> Adapter:
-        """blocks: how many the transformer has; dtype: what is computed in.
+    @property
+    def timestep(self) -> Timestep:
+        """What they change of the layers that see the timestep only."""
+        return Timestep(self.paths, self._scaled)
+
+    def adapter(self, reads: Sequence[Reads], device: torch.device, dtype: torch.dtype) -> Adapter:
+        """As of `Adapter.of`.
 
         Raises:
             ModelMismatch: values that dtype cannot hold.
             torch.OutOfMemoryError: the device cannot hold it.
         """
-        scaled = [(lora, 1.0) for lora in self.loras]
-        return Adapter.of(self.paths, scaled, blocks, device, dtype)
+        return Adapter.of(self.paths, self._scaled, reads, device, dtype)
+
+    @property
+    def _scaled(self) -> list[Scaled]:
+        return [(lora, 1.0) for lora in self.loras]

@@ -150,10 +150,6 @@ def _served(recipe: Recipe, source: Any, layers: Read) -> Transformer:
             raise InvalidSettings(
                 f"attention in int8 does not run here ({error}); set ATTENTION=bf16 to go without"
             ) from error
-    beside = None
-    if recipe.beside:
-        blocks = len(source.transformer_blocks)
-        beside = recipe.beside.adapter(blocks, recipe.device, recipe.dtype)
     return Transformer(
         source,
         recipe.device,
@@ -161,7 +157,7 @@ def _served(recipe: Recipe, source: Any, layers: Read) -> Transformer:
         round_to=ROUND_TO[recipe.compute],
         attention=attention,
         read=layers,
-        beside=beside,
+        beside=recipe.beside,
     )
 
 

@@ -20,11 +20,13 @@ from torch.nn.attention import sdpa_kernel
 from image_worker.compute import Compute
 from image_worker.kernels import operations, reference
 from image_worker.kernels.reference import Activation
-from image_worker.model.adapters import Adapter, Changes, added
+from image_worker.model.adapters import PRODUCTS, Adapter
 from image_worker.model.attention import BACKENDS, Attention, Exact, Order
+from image_worker.model.beside import Beside
 from image_worker.model.embeddings import Shape, rope
 from image_worker.model.formats.coded import CodedLinear
 from image_worker.model.linear import W8A8, Decoded, Modules, Pair, Plain, Scratch
+from image_worker.model.low_rank import Changes, Reads, added
 from image_worker.model.modulation import Modulation, Read
 from image_worker.model.packed import joined
 from image_worker.model.stream import Blocks
@@ -104,7 +106,7 @@ class Transformer(nn.Module):
         round_to: torch.dtype | None,
         attention: Attention | None = None,
         read: Read | None = None,
-        beside: Adapter | None = None,
+        beside: Beside | None = None,
     ) -> None:
         """Takes `source` apart: a `Skeleton` or diffusers' module, whose parts are called alike.
 
@@ -121,7 +123,6 @@ class Transformer(nn.Module):
         self.img_in, self.txt_in, self.txt_norm = source.img_in, source.txt_in, source.txt_norm
         self.proj_out = source.proj_out
         self.time_embed = source.time_text_embed
-        self.beside = beside
         timestep = beside.timestep if beside else None
         self.modulation = Modulation(source, device, dtype, read, timestep)
         self.layout = functools.lru_cache(maxsize=8)(self._layout)
@@ -132,6 +133,15 @@ class Transformer(nn.Module):
         for number, block in enumerate(source.transformer_blocks):
             self.blocks.append(Block(block, self._ops, attention, scratch, round_to))
             source.transformer_blocks[number] = nn.Identity()  # its weights are copied: let it go
+        self.beside = beside.adapter(self.reads, device, dtype) if beside else None
+
+    @property
+    def reads(self) -> list[Reads]:
+        """Of each block, what inputs of its products are rounded to, by the products' names."""
+        return [
+            {product: getattr(block, product).round_to for product in PRODUCTS}
+            for block in self.blocks
+        ]
 
     def prepare(self, timesteps: Sequence[float], adapter: Adapter | None = None) -> list[Tensor]:
         """The modulation of a schedule, to be held until it is over: made now, if it is new."""
