@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from image_worker.bench.random_model import CARD
@@ -13,19 +15,30 @@ from image_worker.model.shapes import expected
 from image_worker.model.transformer import Transformer
 
 
-def random_adapter(transformer: Transformer, rank: int) -> Adapter:
-    """Of that rank in every layer of every block that does not see the timestep alone."""
-    _, shapes = expected(TransformerConfig.parse(dict(transformer.config)))
+def random_lora(config: Any, rank: int, scale: float = 0.1) -> Lora:
+    """Of that rank in every layer of every block that does not see the timestep alone.
+
+    config: diffusers' or ours, of the transformer; scale: about by how much weights change.
+    """
+    parsed = TransformerConfig.parse(dict(config))
+    _, shapes = expected(parsed)
+    generator = torch.Generator(CARD).manual_seed(0)
     pairs = {}
-    for number in range(len(transformer.blocks)):
+    for number in range(parsed.num_layers):
         for name in IN_BLOCK:
             path = f"transformer_blocks.{number}.{name}"
             if is_of_timestep(path):
                 continue
             rows, columns = shapes[f"{path}.weight"]
             down, up = (
-                torch.randn(shape, device=CARD) for shape in ((rank, columns), (rows, rank))
+                torch.randn(shape, generator=generator, device=CARD)
+                for shape in ((rank, columns), (rows, rank))
             )
-            pairs[path] = LoraPair(down * columns**-0.5, up * rank**-0.5, 0.1)
-    lora = [(Lora("random", pairs), 1.0)]
-    return Adapter.of("random", lora, transformer.reads, CARD, torch.bfloat16)
+            pairs[path] = LoraPair(down * columns**-0.5, up * rank**-0.5, scale)
+    return Lora("random", pairs)
+
+
+def random_adapter(transformer: Transformer, rank: int) -> Adapter:
+    """It, for that transformer."""
+    lora = random_lora(transformer.config, rank)
+    return Adapter.of("random", [(lora, 1.0)], transformer.reads, CARD, torch.bfloat16)
