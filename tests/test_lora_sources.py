@@ -39,7 +39,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def test_by_default_all_three_kinds_may_be_named() -> None:
     found = LoraSources.parse(Settings.from_env({}).lora_sources)
-    assert found.folder and found.has_repo("a/b") and found.has_url("https://a.example/x")
+    assert found.folder and found.has_repo("a/b", None) and found.has_url("https://a.example/x")
     assert not found.names("a/b")
 
 
@@ -58,7 +58,7 @@ def test_what_a_list_allows(text: str, folder: bool, repos: set[str], hosts: set
     found = LoraSources.parse(text)
     known = ("me/mine", "me/other", "you/mine", "me2/mine")
     assert found.folder == folder
-    assert {repo for repo in known if found.has_repo(repo)} == repos | (
+    assert {repo for repo in known if found.has_repo(repo, "main")} == repos | (
         {"me2/mine"} if text == "hub" else set()
     )
     urls = ("https://a.example/x", "https://b.a.example/x")
@@ -107,7 +107,8 @@ def test_nothing_is_fetched_for_a_job_that_names_what_is_not_allowed(
             found.style(options(ON_HUB, source))
         assert caught.value.field == "loras[1].source"
         assert caught.value.message.endswith(
-            f"but: files of its own folder, {REPO}, https URLs of a.example (LORA_SOURCES)"
+            "but: files of its own folder, repos that its operator chose, https URLs of a.example "
+            "(LORA_SOURCES)"
         )
     with pytest.raises(InvalidLora, match="nowhere but"):
         loras(tmp_path, LORA_SOURCES="hub").style(options(NAME))
@@ -144,3 +145,17 @@ def test_what_the_operator_has_downloaded_is_not_a_jobs_to_name(hub: Hub, tmp_pa
     assert files.find_adapter(HubFile(REPO, NAME), settings).is_file()
     with pytest.raises(InvalidLora):
         LoraFiles(settings).find(lora_files.OnHub(REPO, NAME, None))
+
+
+def test_pull_requests_are_not_their_repos_owners() -> None:
+    named, any_repo = LoraSources.parse("a/b,c/*"), LoraSources.parse("hub")
+    for revision in ("refs/pr/7", "Refs/pr/7"):
+        assert not named.has_repo("a/b", revision) and not named.has_repo("c/d", revision)
+        assert any_repo.has_repo("a/b", revision)
+    assert named.has_repo("a/b", "refsheet") and named.has_repo("c/d", None)
+
+
+def test_names_of_repos_are_kept_from_callers() -> None:
+    told = LoraSources.parse("folder,me/private,a.example").describe()
+    assert "private" not in told and "repos that its operator chose" in told
+    assert "https URLs of a.example" in told

@@ -56,7 +56,7 @@ class LoraFiles:
         if isinstance(source, InFolder):
             is_allowed = self._allowed.folder
         elif isinstance(source, OnHub):
-            is_allowed = self._allowed.has_repo(source.repo)
+            is_allowed = self._allowed.has_repo(source.repo, source.revision)
         else:
             is_allowed = self._allowed.has_url(source.url)
         if not is_allowed:

@@ -57,9 +57,13 @@ class LoraSources:
         """Whether a repo is on the list itself, so that it is read with the operator's token."""
         return any(fnmatchcase(repo, pattern) for pattern in self.repos)
 
-    def has_repo(self, repo: str) -> bool:
-        """Whether a repo of the hub may be named."""
-        return "hub" in self.kinds or self.names(repo)
+    def has_repo(self, repo: str, revision: str | None) -> bool:
+        """Whether a repo of the hub may be named, at that revision.
+
+        Pull requests' are not their owner's: anybody can open one.
+        """
+        is_own = not (revision or "").lower().startswith("refs/")
+        return "hub" in self.kinds or (is_own and self.names(repo))
 
     def has_url(self, url: str) -> bool:
         """Whether an https URL may be named."""
@@ -73,4 +77,5 @@ class LoraSources:
     def describe(self) -> str:
         """For those whose job named something else."""
         hosts = [f"https URLs of {host}" for host in self.hosts]
-        return ", ".join([*(_KINDS[kind] for kind in self.kinds), *self.repos, *hosts])
+        chosen = ["repos that its operator chose"] if self.repos else []  # they may be private
+        return ", ".join([*(_KINDS[kind] for kind in self.kinds), *chosen, *hosts])

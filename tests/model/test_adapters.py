@@ -190,9 +190,25 @@ def test_tables_are_made_again_only_for_loras_that_change_them() -> None:
     assert list(live.modulation.tables()) == [0.5], "what is written to disk is the model's own"
 
 
-def test_what_it_takes_is_known_before_it_is_made() -> None:
-    loras = [(made_up([*lora_format.IN_BLOCK, *lora_format.OUTSIDE]), 1.0), (made_up(OF_TEXT), 2.0)]
-    assert adapter(*loras).nbytes == adapters.card_bytes(loras, torch.float32) > 0
+@pytest.mark.parametrize("names", [[*lora_format.IN_BLOCK, *lora_format.OUTSIDE], OF_TEXT])
+@pytest.mark.parametrize("round_to", [None, torch.float8_e4m3fn, torch.int8])
+def test_what_it_takes_is_known_before_it_is_made(
+    names: list[str], round_to: torch.dtype | None
+) -> None:
+    loras = [(made_up(names, rank=20), 1.0), (made_up(OF_TEXT), 2.0)]
+    reads: list[Reads] = [dict.fromkeys(PRODUCTS, round_to)] * BLOCKS
+    made = Adapter.of("key", loras, reads, CPU, torch.bfloat16)
+    scales = sum(
+        change.scales.nbytes + change.zeros.nbytes
+        for block in made.blocks
+        for change in vars(block).values()
+        if isinstance(change, RoundedChange)
+    )
+    forecast = adapters.card_bytes(loras, torch.bfloat16)
+    assert made.nbytes - scales <= forecast
+    if round_to is not None:
+        assert made.nbytes - scales == forecast
+        assert scales < 0.1 * forecast, "of narrow layers; of 3072 columns they are 3 in 1000"
 
 
 def test_values_that_the_type_cannot_hold_are_refused() -> None:

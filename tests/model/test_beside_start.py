@@ -115,7 +115,7 @@ def test_the_plan_counts_it(tmp_path: Path, monkeypatch: Any) -> None:
 
     monkeypatch.setattr(build_module, "plan", plan)
     models = [built(checkpoint=path, **given) for given in (NO_LORA, {})]
-    assert rest[1] - rest[0] == models[1].transformer.beside.nbytes > 0
+    assert rest[1] - rest[0] >= models[1].transformer.beside.nbytes > 0
     assert models[0].transformer.beside is None
 
 

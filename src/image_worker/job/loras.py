@@ -28,7 +28,7 @@ _SECURE = ("https://",)
 _LORA = Wanted("the LoRA", InvalidLora, LoraUnavailable, _SECURE)
 _READ = 2**20
 PART = ("fetching-", ".incomplete")  # what a file's name begins and ends with while it arrives
-_LIGHTNING = {file.repo for entry in CATALOG.values() for file in entry.lightning.values()}
+_LIGHTNING = {file.repo.lower() for entry in CATALOG.values() for file in entry.lightning.values()}
 _LONGEST_NAME = 200  # characters
 
 # No part of a path begins with a dot, so none leads out of its folder.
@@ -90,7 +90,7 @@ def parse(text: str) -> Source:
     on_hub = _ON_HUB.fullmatch(text)
     if on_hub and published(HubFile(on_hub["repo"], on_hub["path"])):
         raise ValueError("this file is a whole transformer, which no job chooses, and no LoRA")
-    if on_hub and on_hub["repo"] in _LIGHTNING:
+    if on_hub and on_hub["repo"].lower() in _LIGHTNING:
         raise ValueError(
             "Lightning needs a schedule of its own: the worker's settings choose it, not a job"
         )

@@ -26,7 +26,9 @@ from image_worker.model.low_rank import (
     RoundedChange,
     Scaled,
     low_rank,
+    padded,
 )
+from image_worker.model.shapes import BLOCK
 from image_worker.model.skeleton import Skeleton
 
 # Of a block's products, the layers for pictures and those for prompts, as checkpoints name them.
@@ -38,6 +40,13 @@ PRODUCTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "out": (("attn.to_out.0",), ("attn.to_add_out",)),
     "up": (("img_mlp.net.0.proj",), ("txt_mlp.net.0.proj",)),
     "down": (("img_mlp.net.2",), ("txt_mlp.net.2",)),
+}
+# By layer: its product, and which of the two streams it is for.
+_PLACES = {
+    layer: (product, stream)
+    for product, streams in PRODUCTS.items()
+    for stream, layers in enumerate(streams)
+    for layer in layers
 }
 _OUTSIDE = ("img_in", "txt_in", "proj_out")
 _TIMESTEP = "time_text_embed."  # what embeds it
@@ -183,10 +192,25 @@ def is_of_timestep(name: str) -> bool:
 
 
 def card_bytes(loras: Iterable[Scaled], dtype: torch.dtype) -> int:
-    """What their adapter takes on its device, but for scales where inputs are rounded."""
-    return sum(
-        (pair.down.numel() + pair.up.numel()) * dtype.itemsize
-        for lora, _ in loras
-        for name, pair in lora.pairs.items()
-        if not is_of_timestep(name)
-    )
+    """At most what their adapter takes on its device, but for scales of rounded numbers.
+
+    Where inputs are rounded both streams have the ranks of the one that has more.
+    """
+    ups, alone = 0, 0
+    ranks: dict[str, list[int]] = {}  # of a product's two streams
+    columns: dict[str, int] = {}
+    for lora, _ in loras:
+        for name, pair in lora.pairs.items():
+            if is_of_timestep(name):
+                continue
+            ups += pair.up.numel()
+            in_block = BLOCK.fullmatch(name)
+            if in_block is None:
+                alone += pair.down.numel()
+                continue
+            product, stream = _PLACES[in_block[2]]
+            place = f"{in_block[1]}.{product}"
+            ranks.setdefault(place, [0, 0])[stream] += len(pair.down)
+            columns[place] = pair.down.shape[1]
+    downs = sum(2 * padded(max(found)) * columns[product] for product, found in ranks.items())
+    return dtype.itemsize * (ups + alone + downs)

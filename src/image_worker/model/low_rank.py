@@ -103,13 +103,13 @@ class RoundedChange:
         given = [change.image, change.text]
         some = next(one.down for one in given if one is not None)
         most = max(len(one.down) for one in given if one is not None)
-        ranks = -(-most // _MULTIPLE) * _MULTIPLE
+        ranks = padded(most)
         halves = []
         for one in given:
             down = some[:0] if one is None else one.down
-            padded = functional.pad(down.float(), (0, 0, 0, ranks - len(down)))
-            first = quantise(padded, round_to)
-            rest = padded - first.values.float() * first.scales
+            whole = functional.pad(down.float(), (0, 0, 0, ranks - len(down)))
+            first = quantise(whole, round_to)
+            rest = whole - first.values.float() * first.scales
             halves += [first, quantise(rest, round_to)]
         return cls(
             torch.cat([half.values.view(torch.uint8) for half in halves]).view(round_to),
@@ -134,6 +134,11 @@ class RoundedChange:
         low = first + second
         self.text.add_to(into[:text_tokens], low[:text_tokens])
         self.image.add_to(into[text_tokens:], low[text_tokens:])
+
+
+def padded(ranks: int) -> int:
+    """As many as kernels take."""
+    return -(-ranks // _MULTIPLE) * _MULTIPLE
 
 
 def _ups(change: LowRank | None) -> Ups:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from image_worker import checkpoints
@@ -19,6 +21,8 @@ from image_worker.model.sources import Sources
 from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
+
+_OF_FEW_STEPS = re.compile(r"lightning|\d[-_ ]?steps?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -66,29 +70,31 @@ def open_transformer(
     expected = TransformerConfig.parse(config)
     opened = open_checkpoint(found.checkpoint, expected)
     log.info("transformer: %s, %s", found.checkpoint.name, opened.label)
-    if own := in_own_format(opened):
-        _check_lightning(own, settings)
-        if found.ranges:
-            raise InvalidSettings(
-                f"SVDQ_RANGES has no meaning with {found.checkpoint.name}, whose weights stay in "
-                f"{own.label}; drop one"
-            )
+    own = in_own_format(opened)
+    _check_lightning(found.checkpoint, own, settings)
+    if own and found.ranges:
+        raise InvalidSettings(
+            f"SVDQ_RANGES has no meaning with {found.checkpoint.name}, whose weights stay in "
+            f"{own.label}; drop one"
+        )
     return opened
 
 
-def _check_lightning(own: Checkpoint, settings: Settings) -> None:
+def _check_lightning(path: Path, own: Checkpoint | None, settings: Settings) -> None:
     """What may have Lightning in it must not get it a second time."""
-    if settings.checkpoint_lightning != "auto" or checkpoints.lightning_of(settings):
+    source = checkpoints.parse(settings.checkpoint or str(path))
+    if settings.checkpoint_lightning != "auto" or checkpoints.published(source):
         return
-    name, told = own.path.name, own.lightning_steps
+    name, told = path.name, own.lightning_steps if own else None
     if told:
         raise InvalidSettings(
             f"{name} says that Lightning for {told} steps is merged in it: set "
             f"CHECKPOINT_LIGHTNING={told}, or 0 if it is not so"
         )
-    if settings.use_lightning_lora and "lightning" in name.lower():
+    called = settings.checkpoint or name
+    if settings.use_lightning_lora and _OF_FEW_STEPS.search(called):
         raise InvalidSettings(
-            f"{name} is called so, and does not say whether Lightning is merged in it: set "
+            f"{called} is called so, and does not say whether Lightning is merged in it: set "
             "CHECKPOINT_LIGHTNING=4 or 8 if it is, or 0 to have it added"
         )
 

@@ -33,7 +33,7 @@ from image_worker.model.tensor_file import TensorFile
 
 log = logging.getLogger(__name__)
 
-CODE = 5  # to be raised whenever other bytes come of the same files
+CODE = 6  # to be raised whenever other bytes come of the same files
 CHUNK = 2**25  # bytes that share a checksum
 MANIFEST = "manifest.json"
 

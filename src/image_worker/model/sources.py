@@ -116,7 +116,7 @@ def ranges_of(entry: ModelEntry, settings: Settings) -> Path | None:
     """
     if settings.precision_mode != "svdq" or settings.quantize_components != "all":
         return None
-    path = settings.svdq_ranges
+    path = settings.svdq_ranges and settings.svdq_ranges.expanduser()
     if path is None:
         is_own = settings.model_id is None and settings.checkpoint is None
         return entry.ranges if is_own else None

@@ -108,7 +108,7 @@ class Store:
             if isinstance(module, Transformer):
                 if modulation is not None:
                     modulation.check(module.modulation.layers)
-                module.modulation.put(self._tables())
+                self._put_tables(module)
         except ModelMismatch as error:
             self._discard(self._found.folder, error)
             del module
@@ -206,6 +206,13 @@ class Store:
         """What reads modulation's, if there are whole prepared weights."""
         found = self._found
         return PreparedLayers(found) if found and found.folder.name.endswith(_WHOLE) else None
+
+    def _put_tables(self, transformer: Transformer) -> None:
+        """Of a folder all but these is right without them, and they can be made at any time."""
+        try:
+            transformer.modulation.put(self._tables())
+        except ModelMismatch as error:
+            log.warning("modulation's tables are made again: %s", error)
 
     def _tables(self) -> dict[float, torch.Tensor]:
         """Modulation's that were kept."""

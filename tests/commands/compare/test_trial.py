@@ -21,7 +21,7 @@ from image_worker.commands.compare.measuring import measure
 from image_worker.commands.compare.process import Process, WayFailed
 from image_worker.commands.compare.records import Records
 from image_worker.commands.compare.results import results
-from image_worker.commands.compare.trial import seeds_of
+from image_worker.commands.compare.trial import _identity, seeds_of
 from image_worker.commands.compare.ways import parse
 from image_worker.errors import InvalidSettings
 from image_worker.kernels import fused, reference
@@ -280,3 +280,13 @@ def test_what_cannot_be_done_is_exit_status_2(
     assert command.main() == 2
     assert told in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["CHECKPOINT", "TEXT_ENCODER_CHECKPOINT", "SVDQ_RANGES"])
+def test_figures_of_another_file_of_that_name_are_not_taken(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"1")
+    [way] = parse([f"a:{name}={file},PRECISION_MODE=svdq"])
+    before = _identity(way)
+    file.write_bytes(b"22")
+    assert _identity(way) != before

@@ -26,7 +26,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         nargs="+",
         default=[],
         metavar="WAY",
-        help="bf16, fp8, 8bit, 4bit; NAME=CHECKPOINT; or NAME:VARIABLE=value,VARIABLE=value "
+        help="bf16, fp8, 8bit, svdq, 4bit; NAME=CHECKPOINT; or NAME:VARIABLE=value,VARIABLE=value "
         "(default: every precision; one that this machine cannot run is told with its reason)",
     )
     command.add_argument(
@@ -64,7 +64,7 @@ def _add_job_to(command: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="run each way once more, with these merged",
+        help="run each way once more, with these merged, or beside the weights",
     )
 
 

@@ -94,13 +94,17 @@ def seeds_of(runs: int | None, seeds: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(chosen[number % len(chosen)] for number in range(count))
 
 
+_FILES = ("CHECKPOINT", "TEXT_ENCODER_CHECKPOINT", "SVDQ_RANGES")
+
+
 def _identity(way: Way) -> dict[str, Any]:
     """What makes its figures what they are. Of files also their sizes and dates."""
     try:
         settings = settings_of(way)
     except InvalidSettings as error:
         settings = {"refused": str(error)}
-    files = [*way.loras, settings.get("CHECKPOINT", "")]
+    named = (settings.get(name, "") for name in _FILES)
+    files = [*way.loras, *named]
     return {
         "variables": way.variables,
         "settings": settings,
