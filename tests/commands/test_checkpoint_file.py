@@ -18,7 +18,7 @@ from torch import Tensor
 from image_worker import __main__ as command
 from image_worker.catalog import CATALOG
 from image_worker.commands import doctor
-from image_worker.commands.checkpoint_file import look_at_checkpoint
+from image_worker.commands.checkpoint_file import look_at_files
 from image_worker.commands.facts import Facts, Finding, Forecast
 from image_worker.commands.findings import findings
 from image_worker.commands.forecast import forecast
@@ -100,9 +100,12 @@ def judge(given: Facts) -> tuple[list[Finding], Forecast]:
     """As `doctor.look` puts it together."""
     assert given.settings is not None
     entry = CATALOG[given.settings.model]
-    file, opened = look_at_checkpoint(given.settings, entry)
+    known, opened = look_at_files(given.settings, entry)
     seen = forecast(given.settings, entry, given.card, given.host, opened)
-    return findings(dataclasses.replace(given, checkpoint=file), seen), seen
+    given = dataclasses.replace(
+        given, checkpoint=known.get("transformer"), text_encoder=known.get("text_encoder")
+    )
+    return findings(given, seen), seen
 
 
 @pytest.fixture(scope="module")

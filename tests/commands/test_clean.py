@@ -168,22 +168,31 @@ def test_files_of_the_hub_are_listed_by_their_names(
     assert said.count("1.00 kB") == 5 and "5.00 kB would be free" in said
 
 
+@pytest.mark.parametrize("variable", ["CHECKPOINT", "TEXT_ENCODER_CHECKPOINT"])
 @pytest.mark.parametrize("name", ["some/files:one.gguf@" + "b" * 40, "url", "path"])
-def test_the_checkpoint_that_is_named_stays(
-    name: str, models: Path, monkeypatch: Any, capsys: Any
+def test_the_file_that_is_named_stays(
+    name: str, variable: str, models: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     url = "https://a.example/model.gguf"
     folder = hashlib.sha256(url.encode()).hexdigest()[:16]
     files = {"url": put(models / "checkpoints" / folder / "model.gguf")}
     files["path"] = models / "checkpoints" / HEX[:16] / "model.gguf"
-    monkeypatch.setenv("CHECKPOINT", {"url": url, "path": str(files["path"])}.get(name, name))
+    monkeypatch.setenv(variable, {"url": url, "path": str(files["path"])}.get(name, name))
     before = kept(models)
     clean(monkeypatch, models, "--yes", "--checkpoints")
     left = {path for path in kept(models) if path.startswith("checkpoints/")}
     stays = files.get(name, models / CHECKPOINT / "blobs" / "one.gguf-bytes")
     assert str(stays.relative_to(models)) in left
     assert len(before - kept(models)) == 2, "all others go"
-    assert "stays: CHECKPOINT names it" in capsys.readouterr().out
+    assert f"stays: {variable} names it" in capsys.readouterr().out
+
+
+def test_both_files_that_are_named_stay(models: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("CHECKPOINT", str(models / "checkpoints" / HEX[:16] / "model.gguf"))
+    monkeypatch.setenv("TEXT_ENCODER_CHECKPOINT", "some/files:one.gguf@" + "b" * 40)
+    before = kept(models)
+    clean(monkeypatch, models, "--yes", "--checkpoints")
+    assert kept(models) == before
 
 
 def test_a_folder_of_loras_stays_wherever_it_is(

@@ -443,7 +443,10 @@ def test_places_are_looked_at(tmp_path: Path, monkeypatch: Any) -> None:
         findings(dataclasses.replace(facts(), settings=settings, places=found), None), "downloads"
     )
     assert "for LoRAs of jobs: 1 files, 1.00 kB (python -m image_worker clean --loras)" in said
-    assert "for CHECKPOINT: 1 files" in said and "clean --checkpoints" in said
+    assert (
+        "for CHECKPOINT or TEXT_ENCODER_CHECKPOINT: 1 files" in said
+        and "clean --checkpoints" in said
+    )
     (tmp_path / "models" / "model_index.json").touch()
     assert "itself a model folder" in (places.look_at_places(settings, entry).problem or "")
 

@@ -1,67 +1,101 @@
-"""Looks at the file that CHECKPOINT names, as a start would, before anything is downloaded.
+"""Looks at the files that CHECKPOINT and TEXT_ENCODER_CHECKPOINT name, as a start would, before
+anything is downloaded.
 
-Its header is read and not its weights: what only their values show, such as a scale that is no
+Their headers are read and not their weights: what only the values show, such as a scale that is no
 number, a start alone finds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
+from torch import nn
 
 from image_worker import checkpoints
 from image_worker.catalog import HubFile, ModelEntry
 from image_worker.commands.facts import CheckpointFile
 from image_worker.errors import ModelMismatch, WorkerError
-from image_worker.model import files, from_url, full_sizes, sources
+from image_worker.model import files, from_url, full_sizes, sources, weights
 from image_worker.model.checkpoint import Checkpoint
-from image_worker.model.configs import TransformerConfig
-from image_worker.model.opened import open_transformer
-from image_worker.model.opening import ZERO_COND_T, Plain, in_own_format
-from image_worker.model.skeleton import Skeleton
+from image_worker.model.components import TEXT_ENCODER, TRANSFORMER
+from image_worker.model.opened import open_text_encoder, open_transformer
+from image_worker.model.opening import Plain, in_own_format
 from image_worker.model.sources import Sources
 from image_worker.model.tensor_file import TensorFile
 from image_worker.settings import Settings
 
 _SHOWN = 3  # of the faults that an error names
 
-Opened = Checkpoint | Plain
 
-
-def look_at_checkpoint(
+def look_at_files(
     settings: Settings, entry: ModelEntry
-) -> tuple[CheckpointFile, Opened | None]:
-    """What is known of it for the model that would be served; and itself, if a start takes it.
+) -> tuple[dict[str, CheckpointFile], dict[str, Checkpoint | Plain]]:
+    """What is known of them for the model that would be served; and those that a start takes. Both
+    by the names of the components whose weights they have.
 
     Raises:
-        InvalidSettings: `CHECKPOINT` is not set, or names nothing.
+        InvalidSettings: a variable names nothing.
     """
+    known: dict[str, CheckpointFile] = {}
+    opened: dict[str, Checkpoint | Plain] = {}
+    if settings.checkpoint is not None:
+        known[TRANSFORMER.name], transformer = _look_at_transformer(settings, entry)
+        if transformer is not None:
+            opened[TRANSFORMER.name] = transformer
+    if settings.text_encoder_checkpoint is not None:
+        beside = opened.get(TRANSFORMER.name)
+        known[TEXT_ENCODER.name], encoder = _look_at_text_encoder(settings, entry, beside)
+        if encoder is not None:
+            opened[TEXT_ENCODER.name] = encoder
+    return known, opened
+
+
+def _look_at_transformer(
+    settings: Settings, entry: ModelEntry
+) -> tuple[CheckpointFile, Checkpoint | Plain | None]:
     source = checkpoints.parse(settings.checkpoint or "")
-    known = checkpoints.published(source)
+    published = checkpoints.published(source)
     path = from_url.checkpoint_here(settings)
-    lightning = checkpoints.lightning_of(settings)
-    opened, problem = None, None
-    try:
-        if path is not None:
-            opened = _open(path, settings, entry)
-            own = in_own_format(opened)
-            lightning = lightning or (own and own.lightning_steps) or 0
-        elif settings.local_only:
-            problem = "it is not on this machine, and LOCAL_ONLY=1 forbids downloads"
-        else:
-            sources.loras_of(entry, settings)  # which refuses what contradicts
-    except (WorkerError, OSError) as error:
-        opened, problem = None, str(error)
+    opened, problem = _look(path, settings, lambda: _open_transformer(path, settings, entry))
+    own = in_own_format(opened)
+    lightning = checkpoints.lightning_of(settings) or (own and own.lightning_steps) or 0
     return CheckpointFile(
         name=_name(source),
         size=path.stat().st_size if path else None,
         label=opened.label if opened else None,
-        known_for=known.model if known else None,
+        known_for=published.model if published else None,
         lightning=lightning,
         problem=problem,
     ), opened
+
+
+def _look_at_text_encoder(
+    settings: Settings, entry: ModelEntry, transformer: Checkpoint | Plain | None
+) -> tuple[CheckpointFile, Checkpoint | Plain | None]:
+    text = settings.text_encoder_checkpoint or ""
+    path = from_url.text_encoder_here(settings)
+    opened, problem = _look(
+        path, settings, lambda: _open_text_encoder(path, settings, entry, transformer)
+    )
+    return CheckpointFile(
+        name=_name(checkpoints.parse(text, "TEXT_ENCODER_CHECKPOINT")),
+        size=path.stat().st_size if path else None,
+        label=opened.label if opened else None,
+        problem=problem,
+    ), opened
+
+
+def _look(
+    path: Path | None, settings: Settings, open_file: Callable[[], Checkpoint | Plain | None]
+) -> tuple[Checkpoint | Plain | None, str | None]:
+    """What `open_file` opens, and why a start would end. path: None if it is not here."""
+    if path is None and settings.local_only:
+        return None, "it is not on this machine, and LOCAL_ONLY=1 forbids downloads"
+    try:
+        return open_file(), None
+    except (WorkerError, OSError) as error:
+        return None, str(error)
 
 
 def _name(source: Path | HubFile | str) -> str:
@@ -71,43 +105,58 @@ def _name(source: Path | HubFile | str) -> str:
     return source.name if isinstance(source, Path) else source.partition("?")[0]
 
 
-def _open(path: Path, settings: Settings, entry: ModelEntry) -> Opened:
-    """By what a start does.
+def _open_transformer(
+    path: Path | None, settings: Settings, entry: ModelEntry
+) -> Checkpoint | Plain | None:
+    """By what a start does. Without a path, settings alone are judged.
 
     Raises:
         WorkerError: what it would raise, although it would do so later.
     """
-    config = _config(settings, entry)
+    folder = _folder(settings, entry)
+    if folder is None:
+        config = full_sizes.configs_of(entry)[TRANSFORMER.name]
+    else:
+        config = files.read_json(folder / TRANSFORMER.name / "config.json")
     loras = tuple(Path(file.path) for file in sources.loras_of(entry, settings))
-    found = Sources(full_sizes.FOLDER, loras, checkpoint=path)
-    opened = open_transformer(found, settings, config)
-    assert opened is not None
+    place = folder or full_sizes.FOLDER
+    opened = open_transformer(Sources(place, loras, checkpoint=path), settings, config)
     if isinstance(opened, Plain):
-        _check_complete(opened, TransformerConfig.parse(config))
+        _check_complete(opened, TRANSFORMER.empty(place / TRANSFORMER.name))
     return opened
 
 
-def _config(settings: Settings, entry: ModelEntry) -> dict[str, Any]:
-    """The transformer's, of the model's folder or, where that is not here, as published."""
+def _open_text_encoder(
+    path: Path | None,
+    settings: Settings,
+    entry: ModelEntry,
+    transformer: Checkpoint | Plain | None,
+) -> Checkpoint | Plain | None:
+    """The same. transformer: as of `open_text_encoder`."""
+    place = _folder(settings, entry) or full_sizes.FOLDER
+    opened = open_text_encoder(Sources(place, (), text_encoder=path), settings, transformer)
+    if isinstance(opened, Plain):
+        _check_complete(opened, TEXT_ENCODER.empty(place / TEXT_ENCODER.name))
+    return opened
+
+
+def _folder(settings: Settings, entry: ModelEntry) -> Path | None:
+    """The model's, if it is here. If not, configurations are as published."""
     try:
-        folder = files.model_here(entry, settings)
+        return files.model_here(entry, settings)
     except WorkerError:  # said where the model is looked for
-        folder = None
-    if folder is None:
-        return full_sizes.configs_of(entry)["transformer"]
-    return files.read_json(folder / "transformer" / "config.json")
+        return None
 
 
-def _check_complete(opened: Plain, config: TransformerConfig) -> None:
-    """As loading does, tensor by tensor.
+def _check_complete(opened: Plain, module: nn.Module) -> None:
+    """As loading does, tensor by tensor. module: what is to be filled.
 
     Raises:
         ModelMismatch: tensors are missing, unknown, or of other shapes.
     """
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in Skeleton(config).named_parameters()}
+    expected = weights.shapes_of(module)
     parts = TensorFile.open(opened.path).parts
-    found = {name: parts[key].shape for name, key in opened.keys.items() if name != ZERO_COND_T}
+    found = {name: parts[key].shape for name, key in opened.keys.items()}
     wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
     wrong += [f"{name} is not known" for name in found.keys() - expected.keys()]
     wrong += [

@@ -20,15 +20,15 @@ _DAY = 86_400
 _ABOUT = (
     "Lists what of MODEL_DIR can be made or fetched again, and removes it with --yes: prepared "
     "weights, compiled kernels, downloads that were cut off, LoRAs that jobs named, and files that "
-    "CHECKPOINT named but does not now. Models that were downloaded whole, LORA_DIR and pictures "
-    "stay. Stop the workers that read from MODEL_DIR first."
+    "CHECKPOINT or TEXT_ENCODER_CHECKPOINT named but do not now. Models that were downloaded "
+    "whole, LORA_DIR and pictures stay. Stop the workers that read from MODEL_DIR first."
 )
 _KINDS: dict[Kind, str] = {
     "prepared": "prepared weights, and what killed writers left",
     "kernels": "kernels",
     "downloads": "downloads that were cut off",
     "loras": "LoRAs that were downloaded for jobs",
-    "checkpoints": "files that were downloaded for CHECKPOINT",
+    "checkpoints": "files that were downloaded for CHECKPOINT or TEXT_ENCODER_CHECKPOINT",
 }
 
 
@@ -78,13 +78,19 @@ def in_use(settings: Settings) -> InUse:
     """What these settings name.
 
     Raises:
-        InvalidSettings: `CHECKPOINT` names nothing.
+        InvalidSettings: a variable for a file names nothing.
     """
-    from image_worker.model.from_url import checkpoint_here
+    from image_worker.model.from_url import checkpoint_here, text_encoder_here
 
-    checkpoint = checkpoint_here(settings) if settings.checkpoint else None
+    found = {
+        "CHECKPOINT": checkpoint_here(settings) if settings.checkpoint else None,
+        "TEXT_ENCODER_CHECKPOINT": (
+            text_encoder_here(settings) if settings.text_encoder_checkpoint else None
+        ),
+    }
+    named = {path.resolve(): variable for variable, path in found.items() if path is not None}
     folder = settings.lora_dir
-    return InUse(checkpoint and checkpoint.resolve(), folder and folder.expanduser().resolve())
+    return InUse(named, folder and folder.expanduser().resolve())
 
 
 def chosen(items: Sequence[Item], kinds: Sequence[Kind], days: float) -> list[Item]:

@@ -79,13 +79,13 @@ def look() -> tuple[Facts, Forecast | None]:
     facts = dataclasses.replace(facts, places=look_at_places(settings, entry))
     if facts.torch.version is None:
         return facts, None
-    from image_worker.commands.checkpoint_file import look_at_checkpoint
+    from image_worker.commands.checkpoint_file import look_at_files
     from image_worker.commands.forecast import forecast
 
-    opened = None
-    if settings.checkpoint is not None:
-        checkpoint, opened = look_at_checkpoint(settings, entry)
-        facts = dataclasses.replace(facts, checkpoint=checkpoint)
+    known, opened = look_at_files(settings, entry)
+    facts = dataclasses.replace(
+        facts, checkpoint=known.get("transformer"), text_encoder=known.get("text_encoder")
+    )
     return facts, forecast(settings, entry, facts.card, facts.host, opened)
 
 
@@ -109,7 +109,7 @@ def as_text(found: Sequence[Finding], forecast: Forecast | None) -> str:
     """A line for each finding, then the table."""
     lines = [f"{one.status:<7}  {one.topic}: {one.text}" for one in found]
     if forecast is not None and forecast.rows:
-        lines += ["", *_table(forecast), *([] if forecast.label else _measured())]
+        lines += ["", *_table(forecast), *([] if forecast.own else _measured())]
     problems = sum(one.status == "problem" for one in found)
     end = "a worker would start" if not problems else f"{problems} to be solved before a start"
     return "\n".join([*lines, "", end])
@@ -126,10 +126,10 @@ def as_json(found: Sequence[Finding], forecast: Forecast | None) -> str:
 
 
 def _table(forecast: Forecast) -> list[str]:
-    """What the transformer is from is said above it; then the precisions are the text encoder's."""
+    """Precisions are of what is not in a format of its own."""
     title = f"{forecast.of} on this card:"
-    if forecast.label is not None:
-        title = f"{forecast.of} on this card, its transformer in {forecast.label}, the rest in:"
+    if forecast.own:
+        title = f"{forecast.of} on this card, its {forecast.own}, the rest in:"
     cells = [("weights", "fits", "peak GiB", "products", "speed")]
     for row in forecast.rows:
         peak = "" if row.peak is None else f"{row.peak / 2**30:.1f}"

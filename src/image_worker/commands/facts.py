@@ -90,7 +90,7 @@ class PreparedFolder:
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """The file that CHECKPOINT names.
+    """The file that CHECKPOINT or TEXT_ENCODER_CHECKPOINT names.
 
     size: bytes, None where it is not on this machine; label: its format, None if nobody looked;
     known_for: the catalogue's model, None for files that are not listed; lightning: steps of the
@@ -108,7 +108,9 @@ class CheckpointFile:
 
 @dataclass(frozen=True)
 class Downloads:
-    """Files of a kind that were fetched, for jobs (`loras`) or for CHECKPOINT (`checkpoints`)."""
+    """Files of a kind that were fetched: for jobs (`loras`), or for CHECKPOINT and
+    TEXT_ENCODER_CHECKPOINT (`checkpoints`).
+    """
 
     kind: Literal["loras", "checkpoints"]
     count: int
@@ -121,8 +123,8 @@ class Places:
 
     model_dir: its path; free: bytes of its disk; has_model, has_adapter: whether all files of them
     are on this machine; partial: bytes of the model that are; problem: why it cannot be looked for;
-    volume: a network volume is mounted; in_volume: MODEL_DIR is there; downloads: for jobs and for
-    CHECKPOINT.
+    volume: a network volume is mounted; in_volume: MODEL_DIR is there; downloads: what was
+    fetched beside models.
     """
 
     model_dir: str
@@ -153,6 +155,7 @@ class Facts:
     strangers: Mapping[str, str] = field(default_factory=dict)
     has_token: bool = False
     checkpoint: CheckpointFile | None = None
+    text_encoder: CheckpointFile | None = None
 
     @property
     def card(self) -> Card | None:
@@ -183,8 +186,8 @@ class Forecast:
 
     of: the model of the table; from_disk: weights would be read at every pass; checkpoint, adapter,
     prepared: bytes on the disk, the latter by precision; host: bytes of the host's memory that
-    weights would take; label: the format of the transformer, if CHECKPOINT's file decides it, and
-    precisions are those of the text encoder.
+    weights would take; label, text_label: the formats of the transformer and of the text encoder,
+    if files decide them, and not precisions.
     """
 
     of: str
@@ -197,3 +200,10 @@ class Forecast:
     adapter: int
     prepared: Mapping[str, int]
     label: str | None = None
+    text_label: str | None = None
+
+    @property
+    def own(self) -> str:
+        """What precisions say nothing of, in words; empty: there is no such thing."""
+        labels = {"transformer": self.label, "text encoder": self.text_label}
+        return " and ".join(f"{name} in {label}" for name, label in labels.items() if label)

@@ -1,5 +1,5 @@
-"""What of MODEL_DIR can be fetched again: downloads that were cut off, files that CHECKPOINT named,
-and LoRAs that jobs named.
+"""What of MODEL_DIR can be fetched again: downloads that were cut off, files that CHECKPOINT or
+TEXT_ENCODER_CHECKPOINT named, and LoRAs that jobs named.
 
 Found by the names that this project gives them. Whole files of models lie in a cache that other
 programs may share, and are not looked at; links are never followed.
@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from image_worker.commands.removable import LINK, Item, Kind, children, measure
@@ -23,18 +23,18 @@ _HELD = ("blobs", "snapshots")  # folders of a hub's cache with files; in the la
 
 @dataclass(frozen=True)
 class InUse:
-    """What stays in any case: the file that CHECKPOINT names, and what lies in LORA_DIR.
+    """What stays in any case: files that variables name, and what lies in LORA_DIR.
 
-    Both are paths without links; None: there is none.
+    Paths are without links. named: the variable that names a file; lora_dir: None if there is none.
     """
 
-    checkpoint: Path | None = None
+    named: Mapping[Path, str] = field(default_factory=dict)
     lora_dir: Path | None = None
 
     def why(self, path: Path) -> str | None:
         """Why a file stays; None: it need not."""
-        if path == self.checkpoint:
-            return "CHECKPOINT names it"
+        if path in self.named:
+            return f"{self.named[path]} names it"
         return "it is in LORA_DIR" if path.parent == self.lora_dir else None
 
 

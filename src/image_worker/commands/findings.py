@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from image_worker.catalog import CATALOG, ModelEntry, choose
 from image_worker.checkpoints import model_of
-from image_worker.commands.facts import Facts, Finding, Forecast, Status
+from image_worker.commands.facts import CheckpointFile, Facts, Finding, Forecast, Status
 from image_worker.commands.on_disk import on_disk
 from image_worker.commands.packages import STRANGERS
 from image_worker.compute import LEAST
@@ -36,8 +36,9 @@ def findings(facts: Facts, forecast: Forecast | None) -> list[Finding]:
     if entry is not None and facts.settings is not None:
         found += _model(facts, facts.settings, entry, forecast)
         found += _checkpoint(facts, facts.settings, forecast)
+        found += _text_encoder(facts, facts.settings)
         if facts.places is not None:
-            found += on_disk(facts.settings, facts.places, entry, forecast, facts.checkpoint)
+            found += on_disk(facts.settings, facts.places, entry, forecast, _coming(facts))
     return found + list(_host(facts, forecast))
 
 
@@ -164,7 +165,7 @@ def _model(
         yield Finding("note", "model", f"{entry.name}; {text}")
     else:
         row = forecast.chosen
-        own = f"a transformer in {forecast.label}, the rest in " if forecast.label else ""
+        own = f"a {forecast.own}, the rest in " if forecast.own else ""
         text = f"{entry.name} in {own}{row.why}, products in {row.products}"
         yield Finding("ok" if row.places == "all stay" else "note", "model", text)
     if settings.model_id is not None:
@@ -180,20 +181,46 @@ def _checkpoint(facts: Facts, settings: Settings, forecast: Forecast | None) -> 
         yield Finding("note", "checkpoint", "CHECKPOINT is not looked into without torch")
         return
     steps = f"Lightning for {file.lightning} steps" if file.lightning else "no Lightning"
+    known = (
+        f"published for {file.known_for}, with {steps} in it"
+        if file.known_for
+        else "not among the files that are known, so what it is shows once it is here"
+    )
+    like = forecast.label if forecast and forecast.label else "the model's own weights"
+    yield from _file("checkpoint", file, f", with {steps} in it", f"{known}; ", like)
+
+
+def _text_encoder(facts: Facts, settings: Settings) -> Iterator[Finding]:
+    file = facts.text_encoder
+    if settings.text_encoder_checkpoint is None:
+        return
+    if file is None:
+        text = "TEXT_ENCODER_CHECKPOINT is not looked into without torch"
+        yield Finding("note", "text encoder", text)
+        return
+    yield from _file("text encoder", file, "", "", "the model's own text encoder")
+
+
+def _file(
+    topic: str, file: CheckpointFile, content: str, known: str, like: str
+) -> Iterator[Finding]:
+    """content: what else is in one that is here; known: of one that is not; like: what memory is
+    then forecast for.
+    """
     if file.label is not None and file.size is not None:
-        text = f"{file.name} is here: {file.label}, {file.size / 1e9:.1f} GB, with {steps} in it"
-        yield Finding("ok", "checkpoint", text)
+        text = f"{file.name} is here: {file.label}, {file.size / 1e9:.1f} GB{content}"
+        yield Finding("ok", topic, text)
     elif file.size is None:
-        known = (
-            f"published for {file.known_for}, with {steps} in it"
-            if file.known_for
-            else "not among the files that are known, so what it is shows once it is here"
-        )
-        like = forecast.label if forecast and forecast.label else "the model's own weights"
-        text = f"{file.name} is to be downloaded: {known}; its size is not known"
-        yield Finding("note", "checkpoint", f"{text}, and memory is forecast for {like}")
+        text = f"{file.name} is to be downloaded: {known}its size is not known"
+        yield Finding("note", topic, f"{text}, and memory is forecast for {like}")
     if file.problem is not None:
-        yield Finding("problem", "checkpoint", file.problem)
+        yield Finding("problem", topic, file.problem)
+
+
+def _coming(facts: Facts) -> list[str]:
+    """Variables whose files are not here."""
+    files = {"CHECKPOINT": facts.checkpoint, "TEXT_ENCODER_CHECKPOINT": facts.text_encoder}
+    return [name for name, file in files.items() if file is not None and file.size is None]
 
 
 def _host(facts: Facts, forecast: Forecast | None) -> Iterator[Finding]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import get_args
 
 import torch
@@ -32,27 +34,29 @@ def forecast(
     entry: ModelEntry,
     card: Card | None,
     host: int | None,
-    opened: Checkpoint | Plain | None = None,
+    opened: Mapping[str, Checkpoint | Plain] = MappingProxyType({}),
 ) -> Forecast:
     """For a model of the catalogue; of the miniature, which fits anywhere, there is no table.
 
     card: None without one, and then there is no table either; host: bytes of its memory that are
-    free; opened: the file that CHECKPOINT names, if it is here. If not, one that is known to be
-    like a precision of ours counts as that.
+    free; opened: files that components' weights are in instead of the folder's, by the components'
+    names, if they are here. A CHECKPOINT that is not, and is known to be like a precision of ours,
+    counts as that.
     """
     shown = CATALOG["edit-2509"] if entry.name == "mini" else entry
-    model, like, label = _as_stored(shown, settings, opened if entry is shown else None)
+    stored = _as_stored(shown, settings, opened if entry is shown else {})
+    model = stored.model
     rows: tuple[Row, ...] = ()
     chosen, problem, from_disk, held = None, None, False, 0
     hardware = _hardware(settings, card, host)
     if hardware is not None and card is not None:
-        rows = tuple(_row(_only(settings, one), model, hardware, one, like) for one in PRECISIONS)
+        rows = tuple(_row(_only(settings, one), stored, hardware, one) for one in PRECISIONS)
         if entry is shown:
             try:
                 decided = plan(settings, model.sizes, model.shape, hardware)
-                chosen = _as_row(settings, decided, hardware, like)
+                chosen = _as_row(settings, decided, hardware, stored)
                 from_disk, held = decided.from_disk, _held(decided, model)
-                problem = _refused(settings, decided.precision, hardware, like)
+                problem = _refused(settings, decided.precision, hardware, stored.like)
             except DoesNotFit as error:
                 problem = str(error)
     elif entry is shown:
@@ -65,38 +69,58 @@ def forecast(
         problem=problem,
         from_disk=from_disk,
         host=held,
-        checkpoint=model.checkpoint - (model.transformer if settings.checkpoint else 0),
+        checkpoint=model.checkpoint
+        - (model.transformer if settings.checkpoint else 0)
+        - (model.text_encoder if settings.text_encoder_checkpoint else 0),
         adapter=model.lora if _adds_lightning(settings) else 0,
         prepared={
             one: model.prepared(one, whole=settings.keep_prepared == "whole") for one in PRECISIONS
         },
-        label=label,
+        label=stored.label,
+        text_label=stored.text_label,
     )
 
 
-def _as_stored(
-    entry: ModelEntry, settings: Settings, opened: Checkpoint | Plain | None
-) -> tuple[FullSize, Precision | None, str | None]:
-    """The model, with the transformer that CHECKPOINT names; what precision of ours that is like in
-    its products, and its format. None: precisions say it.
+@dataclass(frozen=True)
+class _Stored:
+    """A model with the weights of single files.
+
+    like: the precision of ours that its transformer is like in its products; label, text_label: as
+    of `Forecast`. None: precisions say it.
     """
+
+    model: FullSize
+    like: Precision | None = None
+    label: str | None = None
+    text_label: str | None = None
+
+
+def _as_stored(
+    entry: ModelEntry, settings: Settings, opened: Mapping[str, Checkpoint | Plain]
+) -> _Stored:
     model = full_size(entry, settings)
     beside = model.lora if _adds_lightning(settings) else 0
-    if own := in_own_format(opened):
-        stored = components.sizes(
+    own = in_own_format(opened.get(components.TRANSFORMER.name))
+    own_text = in_own_format(opened.get(components.TEXT_ENCODER.name))
+    text_label = own_text.label if own_text else None
+    if own or own_text:
+        sizes = components.sizes(
             FOLDER,
             settings,
             torch.bfloat16,
             has_weights=False,
-            checkpoints={components.TRANSFORMER.name: own},
-            beside=beside,
+            checkpoints=opened,
+            beside=beside if own else 0,
         )
-        return replace(model, sizes=stored), from_checkpoint.like(own), own.label
-    like = _like(settings) if opened is None else None
+        model = replace(model, sizes=sizes)
+    if own:
+        return _Stored(model, from_checkpoint.like(own), own.label, text_label)
+    like = None if components.TRANSFORMER.name in opened else _like(settings)
     if like is None:
-        return model, None, None
+        return _Stored(model, text_label=text_label)
     whole = full_size(entry, settings.model_copy(update={"quantize_components": "all"}))
-    return _with_blocks(model, whole.sizes[like], beside), like, f"weights like {like}"
+    model = _with_blocks(model, whole.sizes[like], beside)
+    return _Stored(model, like, f"weights like {like}", text_label)
 
 
 def _like(settings: Settings) -> Precision | None:
@@ -168,29 +192,25 @@ def _only(settings: Settings, precision: Precision) -> Settings:
     return settings.model_copy(update=update)
 
 
-def _row(
-    settings: Settings,
-    model: FullSize,
-    hardware: Hardware,
-    precision: Precision,
-    like: Precision | None,
-) -> Row:
+def _row(settings: Settings, stored: _Stored, hardware: Hardware, precision: Precision) -> Row:
     try:
-        return _as_row(settings, plan(settings, model.sizes, model.shape, hardware), hardware, like)
+        decided = plan(settings, stored.model.sizes, stored.model.shape, hardware)
+        return _as_row(settings, decided, hardware, stored)
     except DoesNotFit as error:
-        multiplied = _products(settings, precision, hardware, like)
+        multiplied = _products(settings, precision, hardware, stored.like)
         return Row(precision, "no", None, multiplied, _UNKNOWN, str(error))
 
 
-def _as_row(settings: Settings, decided: Plan, hardware: Hardware, like: Precision | None) -> Row:
-    measured = None if like else MEASURED.get(decided.precision)
+def _as_row(settings: Settings, decided: Plan, hardware: Hardware, stored: _Stored) -> Row:
+    is_own = stored.label or stored.text_label
+    measured = None if is_own else MEASURED.get(decided.precision)
     is_known = measured is not None and MEASURED_ON in hardware.name and not decided.streamed
     passing = "blocks pass, from disk" if decided.from_disk else "blocks pass"
     return Row(
         precision=decided.precision,
         places=passing if decided.streamed else "all stay",
         peak=decided.peak,
-        products=_products(settings, decided.precision, hardware, like),
+        products=_products(settings, decided.precision, hardware, stored.like),
         speed=f"{measured} s a job on an {MEASURED_ON}" if is_known else _UNKNOWN,
         why=decided.describe(),
     )

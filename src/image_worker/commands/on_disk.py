@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from image_worker.catalog import ModelEntry
 from image_worker.commands.clean import in_bytes
-from image_worker.commands.facts import CheckpointFile, Finding, Forecast, Places
+from image_worker.commands.facts import Finding, Forecast, Places
 from image_worker.settings import Settings
 
 
@@ -15,9 +15,12 @@ def on_disk(
     places: Places,
     entry: ModelEntry,
     forecast: Forecast | None,
-    checkpoint: CheckpointFile | None = None,
+    coming: Sequence[str] = (),
 ) -> Iterator[Finding]:
-    """Findings about MODEL_DIR: what is there, what is to come, and whether it has room."""
+    """Findings about MODEL_DIR: what is there, what is to come, and whether it has room.
+
+    coming: variables whose files are to be downloaded, too.
+    """
     if places.problem is not None:
         yield Finding("problem", "model files", places.problem)
     free = "an unknown amount" if places.free is None else _gb(places.free)
@@ -26,15 +29,16 @@ def on_disk(
     if not places.writable:
         yield Finding("note", "disk", "MODEL_DIR cannot be written: nothing is downloaded or kept")
     if entry.name != "mini" and places.problem is None:
-        comes = checkpoint is not None and checkpoint.size is None
-        yield from _download(
-            settings, places, entry, forecast, " beside CHECKPOINT's file" if comes else ""
-        )
+        named = " and ".join(f"{variable}'s file" for variable in coming)
+        beside = f" beside {named}" if named else ""
+        yield from _download(settings, places, entry, forecast, beside)
     for folder in places.prepared:
         text = f"{folder.name} ({folder.model}, {folder.precision}): {in_bytes(folder.size)}"
         yield Finding("ok", "prepared weights", text)
     for kept in places.downloads:
-        whose = "LoRAs of jobs" if kept.kind == "loras" else "CHECKPOINT"
+        whose = "LoRAs of jobs"
+        if kept.kind == "checkpoints":
+            whose = "CHECKPOINT or TEXT_ENCODER_CHECKPOINT"
         text = f"for {whose}: {kept.count} files, {in_bytes(kept.size)}"
         yield Finding("ok", "downloads", f"{text} (python -m image_worker clean --{kept.kind})")
     if places.volume and not places.in_volume:
@@ -78,6 +82,8 @@ def _whole(
     settings: Settings, places: Places, entry: ModelEntry, forecast: Forecast | None
 ) -> str | None:
     """Prepared weights that need no checkpoint, if these settings are theirs, which they may be."""
+    if settings.checkpoint or settings.text_encoder_checkpoint:
+        return None  # such a start reads files in any case
     if settings.keep_prepared == "0" or forecast is None or forecast.chosen is None:
         return None
     kind = (entry.name, forecast.chosen.precision)

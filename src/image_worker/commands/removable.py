@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 from image_worker.errors import InvalidSettings
+from image_worker.model import lease
 
 Kind = Literal["prepared", "kernels", "downloads", "loras", "checkpoints"]
 MANIFEST = "manifest.json"
-LEASE_SECONDS = 60.0  # as `model/prepared.py` has it, which imports torch
 
 _KEY = r"(?P<key>(?:[\w.-]+-)?[0-9a-f]{16}(?:-whole)?)"
 _FOLDER = re.compile(_KEY)
@@ -160,16 +160,16 @@ def _about(path: Path) -> str | None:
 
 def _is_in_use(path: Path, now: float, changed: float) -> bool:
     """Whether somebody is writing it, or the folder that it belongs to, and was alive lately."""
-    if path.name.startswith(".") and now - changed < LEASE_SECONDS:
+    if path.name.startswith(".") and now - changed < lease.SECONDS:
         return True
     found = _LEFTOVER.fullmatch(path.name) or _FOLDER.fullmatch(path.name)
     if found is None:
         return False
     try:
-        lease = path.with_name(f".{found['key']}.lease").lstat().st_mtime
+        renewed = path.with_name(f".{found['key']}.lease").lstat().st_mtime
     except OSError:
         return False
-    return now - lease < LEASE_SECONDS
+    return now - renewed < lease.SECONDS
 
 
 def _kernels(home: Path) -> Iterator[Item]:
@@ -195,13 +195,8 @@ def children(folder: Path) -> list[Path]:
 
 
 def _now(folder: Path) -> float:
-    """By the clock of the volume, which need not be ours; by ours where it cannot be written."""
-    probe = folder / f".{uuid.uuid4().hex}.clock"
+    """By the clock of the volume; by ours where it cannot be written."""
     try:
-        probe.touch()
-        return probe.stat().st_mtime
+        return lease.now(folder)
     except OSError:
         return time.time()
-    finally:
-        with suppress(OSError):
-            probe.unlink()

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -21,7 +22,7 @@ from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
-FOLDER = "checkpoints"  # of MODEL_DIR: what is here for CHECKPOINT alone
+FOLDER = "checkpoints"  # of MODEL_DIR: what is here for these two alone
 _TIMEOUT = 30.0  # seconds without a byte, after which the request is made again
 
 
@@ -50,13 +51,22 @@ def _find(source: Path | HubFile | str, settings: Settings) -> Path:
 
 
 def checkpoint_here(settings: Settings) -> Path | None:
-    """The same, if it is on this machine.
+    """The path of `CHECKPOINT`, if it is on this machine.
 
     Raises:
-        InvalidSettings: `CHECKPOINT` names nothing.
+        InvalidSettings: it names nothing.
     """
+    return _here(find_checkpoint, settings)
+
+
+def text_encoder_here(settings: Settings) -> Path | None:
+    """The same of `TEXT_ENCODER_CHECKPOINT`."""
+    return _here(find_text_encoder, settings)
+
+
+def _here(find: Callable[[Settings], Path], settings: Settings) -> Path | None:
     try:
-        return find_checkpoint(settings.model_copy(update={"local_only": True}))
+        return find(settings.model_copy(update={"local_only": True}))
     except ModelUnavailable:
         return None
 

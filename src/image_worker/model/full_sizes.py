@@ -31,8 +31,8 @@ class FullSize:
     """A full-size model as a plan sees it.
 
     host: bytes that are served from the host's memory, at any precision; modulation: of layers that
-    stay on disk; checkpoint, lora: of the files that are downloaded; transformer: those of the
-    checkpoint that are its.
+    stay on disk; checkpoint, lora: of the files that are downloaded; transformer, text_encoder:
+    those of the checkpoint that are theirs.
     """
 
     shape: Shape
@@ -41,6 +41,7 @@ class FullSize:
     modulation: int
     checkpoint: int
     transformer: int
+    text_encoder: int
     lora: int
 
     def prepared(self, precision: Precision, *, whole: bool = False) -> int:
@@ -71,14 +72,16 @@ def full_size(entry: ModelEntry, settings: Settings) -> FullSize:
         if components.TRANSFORMER.on_disk(name.rpartition(".")[0])
     }
     # The checkpoint has the text encoder's output layer, too, which is as large as its embedding.
-    values = _count(encoder) + embedding + _count(transformer)
+    of_encoder = _BYTES * (_count(encoder) + embedding)
+    of_transformer = _BYTES * _count(transformer)
     return FullSize(
         shape=components.shape(entry, configs_of(entry)),
         sizes=components.sizes(FOLDER, settings, torch.bfloat16, has_weights=False),
         host=_BYTES * embedding,
         modulation=_BYTES * _count(on_disk),
-        checkpoint=_BYTES * values + _VAE_BYTES,
-        transformer=_BYTES * _count(transformer),
+        checkpoint=of_encoder + of_transformer + _VAE_BYTES,
+        transformer=of_transformer,
+        text_encoder=of_encoder,
         lora=_BYTES * _lora_values(transformer),
     )
 
