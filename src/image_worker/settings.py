@@ -14,10 +14,9 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from image_worker import contradictions
 from image_worker.allowed import explain
-from image_worker.compute import POSSIBLE
 from image_worker.errors import InvalidSettings
-from image_worker.lora_sources import LoraSources
 
 ModelName = Literal["auto", "edit-2509", "edit-2511", "edit", "image", "image-2512", "mini"]
 Precision = Literal["bf16", "fp8", "8bit", "svdq", "4bit"]
@@ -212,7 +211,7 @@ class Settings(BaseSettings):
         except ValidationError as error:
             lines = explain(error, cls.model_fields, values)
             raise InvalidSettings("\n".join(lines)) from None
-        settings._refuse_contradictions()
+        contradictions.refuse(settings)
         return settings
 
     @classmethod
@@ -226,80 +225,6 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what is passed in: `from_env` is the one place that knows the environment."""
         return (init_settings,)
-
-    def _refuse_contradictions(self) -> None:
-        if self.checkpoint is None and self.checkpoint_lightning != "auto":
-            raise InvalidSettings("CHECKPOINT_LIGHTNING has no meaning without CHECKPOINT; drop it")
-        if self.checkpoint is not None and self.keep_prepared == "whole":
-            raise InvalidSettings(
-                "KEEP_PREPARED=whole has no meaning with CHECKPOINT, of which each start reads the "
-                "layers that it would keep; set it to 1"
-            )
-        if self.text_encoder_checkpoint is not None and self.keep_prepared == "whole":
-            raise InvalidSettings(
-                "KEEP_PREPARED=whole has no meaning with TEXT_ENCODER_CHECKPOINT, whose file must "
-                "be there at each start; set it to 1"
-            )
-        self._refuse_half_a_bucket()
-        has_folder = LoraSources.parse(self.lora_sources).folder
-        if self.lora_dir is not None and not has_folder:
-            raise InvalidSettings(
-                f"LORA_DIR={self.lora_dir} has no meaning with LORA_SOURCES={self.lora_sources}; "
-                "add folder to these, or drop it"
-            )
-        if self.quantize_components == "text" and self.precision_mode == "bf16":
-            raise InvalidSettings(
-                "QUANTIZE_COMPONENTS=text has no meaning with PRECISION_MODE=bf16; drop one"
-            )
-        self._refuse_svdq_without_meaning()
-        self._refuse_products_without_meaning()
-        if self.attention == "int8" and self.bnb_compute != "bf16":
-            raise InvalidSettings("ATTENTION=int8 is for BNB_COMPUTE=bf16; drop one")
-        if self.int8_cpu_offload and self.cpu_offload == "none":
-            raise InvalidSettings("INT8_CPU_OFFLOAD=1 contradicts CPU_OFFLOAD=none; drop one")
-        if self.int8_cpu_offload and self.precision_mode not in ("auto", "8bit"):
-            raise InvalidSettings(
-                f"INT8_CPU_OFFLOAD=1 contradicts PRECISION_MODE={self.precision_mode}; "
-                "use CPU_OFFLOAD=stream to offload at another precision"
-            )
-
-    def _refuse_svdq_without_meaning(self) -> None:
-        if self.precision_mode != "svdq":  # which auto never takes
-            for name in ("svdq_rank", "svdq_ranges"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise InvalidSettings(
-                        f"{name.upper()} has no meaning with PRECISION_MODE={self.precision_mode}; "
-                        "drop it, or set PRECISION_MODE=svdq"
-                    )
-        if self.svdq_ranges is not None and self.quantize_components == "text":
-            raise InvalidSettings(
-                "SVDQ_RANGES has no meaning with QUANTIZE_COMPONENTS=text, since they are of the "
-                "transformer; drop one"
-            )
-
-    def _refuse_products_without_meaning(self) -> None:
-        if self.checkpoint is not None:  # by whose format it is decided, once that is known
-            return
-        if self.compute in ("auto", "bf16"):
-            return
-        precisions = [name for name, ways in POSSIBLE.items() if self.compute in ways]
-        needed = f"PRECISION_MODE={' or '.join(precisions)}, QUANTIZE_COMPONENTS=all"
-        if self.compute == "fp8":
-            needed += ", BNB_COMPUTE=bf16"
-        if (
-            self.precision_mode not in ("auto", *precisions)
-            or self.quantize_components != "all"
-            or (self.compute == "fp8" and self.bnb_compute != "bf16")
-        ):
-            raise InvalidSettings(f"COMPUTE={self.compute} is for {needed}; drop it, or set these")
-
-    def _refuse_half_a_bucket(self) -> None:
-        needed = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
-        missing = [name.upper() for name in needed if getattr(self, name) is None]
-        if missing and (len(missing) < len(needed) or self.bucket_name is not None):
-            raise InvalidSettings(
-                f"storage needs {', '.join(missing)}, too; or unset all BUCKET_ variables"
-            )
 
 
 def environment(changes: Mapping[str, str]) -> dict[str, str]:

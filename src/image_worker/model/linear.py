@@ -19,7 +19,7 @@ from image_worker.kernels.reference import (
     Quantised,
     streams,
 )
-from image_worker.model.formats.coded import Coded
+from image_worker.model.formats.coded import Coded, CodedLinear
 from image_worker.model.formats.fp8 import Fp8Linear
 from image_worker.model.packed import joined
 
@@ -153,6 +153,36 @@ class Scratch:
     def matrix(self, rows: int, columns: int) -> Tensor:
         """(rows, columns), holding anything."""
         return self._memory[: rows * columns].view(rows, columns)
+
+
+def product_of(
+    image: Sequence[Any],
+    text: Sequence[Any],
+    scratch: Scratch,
+    ops: Any,
+    round_to: torch.dtype | None,
+) -> Pair | W8A8 | Decoded:
+    """The product of layers for pictures and of as many for prompts, by how they are stored.
+
+    round_to: as of `Decoded`, and of layers that are stored in that type.
+    """
+    layers = (*image, *text)
+    if all(isinstance(layer, CodedLinear) for layer in layers):
+        return Decoded(layers, scratch, ops, round_to)
+    if all(_is_stored_in(round_to, layer) for layer in layers):
+        return W8A8(layers, ops)
+    return Pair(_alike(image), _alike(text), sum(layer.out_features for layer in image))
+
+
+def _is_stored_in(dtype: torch.dtype | None, layer: Any) -> bool:
+    return isinstance(layer.weight, Tensor) and layer.weight.dtype == dtype
+
+
+def _alike(layers: Sequence[Any]) -> Plain | Modules:
+    """Layers of one stream, as they are."""
+    if all(type(layer).forward is nn.Linear.forward for layer in layers):
+        return Plain(layers)
+    return Modules(layers)
 
 
 def _rows(layer: Any) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,7 @@ from image_worker.model.adapters import PRODUCTS, Adapter
 from image_worker.model.attention import BACKENDS, Attention, Exact, Order
 from image_worker.model.beside import Beside
 from image_worker.model.embeddings import Shape, rope
-from image_worker.model.formats.coded import CodedLinear
-from image_worker.model.linear import W8A8, Decoded, Modules, Pair, Plain, Scratch
+from image_worker.model.linear import W8A8, Decoded, Pair, Scratch, product_of
 from image_worker.model.low_rank import Changes, Reads, added
 from image_worker.model.modulation import Modulation, Read
 from image_worker.model.packed import joined
@@ -257,12 +256,7 @@ class Block(nn.Module):
         self._ops, self._attention, attn = ops, attention, source.attn
 
         def product(image: Sequence[Any], text: Sequence[Any]) -> Pair | W8A8 | Decoded:
-            layers = (*image, *text)
-            if all(isinstance(layer, CodedLinear) for layer in layers):
-                return Decoded(layers, scratch, ops, round_to)
-            if all(_is_stored_in(round_to, layer) for layer in layers):
-                return W8A8(layers, ops)
-            return Pair(_alike(image), _alike(text), sum(layer.out_features for layer in image))
+            return product_of(image, text, scratch, ops, round_to)
 
         self.qkv = product(
             (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
@@ -295,14 +289,3 @@ class Block(nn.Module):
         wide = added("up", changes, self.up(y, text_tokens), y, text_tokens)
         y = self._ops.gelu(wide, round_to=self.down.round_to)
         return added("down", changes, self.down(y, text_tokens), y, text_tokens)
-
-
-def _is_stored_in(dtype: torch.dtype | None, layer: Any) -> bool:
-    return isinstance(layer.weight, Tensor) and layer.weight.dtype == dtype
-
-
-def _alike(layers: Sequence[Any]) -> Plain | Modules:
-    """Layers of one stream, as they are."""
-    if all(type(layer).forward is nn.Linear.forward for layer in layers):
-        return Plain(layers)
-    return Modules(layers)
