@@ -39,13 +39,13 @@ from image_worker.model.kept import Kept
 from image_worker.model.memory import release
 from image_worker.model.opened import Opened, open_files
 from image_worker.model.opening import Plain, in_own_format
-from image_worker.model.packed import HOST, move
+from image_worker.model.placed import load_placed
 from image_worker.model.placement import Plan, plan
-from image_worker.model.recipe import Incomplete, Recipe, as_served, read_component
+from image_worker.model.recipe import Incomplete, Recipe
 from image_worker.model.remembered import Remembered
 from image_worker.model.sources import Find, Sources
 from image_worker.model.store import Store, may_do_without
-from image_worker.model.stream import Held, blocks_of
+from image_worker.model.stream import blocks_of
 from image_worker.model.text_config import Patching, read_patching
 from image_worker.model.tokenizer import TextTokenizer
 from image_worker.settings import Precision, Settings
@@ -254,7 +254,7 @@ def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) ->
 
     def load(component: Component) -> nn.Module:
         with cold_start.step(f"load {component.name}"):
-            return store.read(component) or _load_component(recipe, component, decided)
+            return store.read(component) or load_placed(recipe, component, decided)
 
     vae = load(components.VAE)
     with libraries.loading(recipe, decided, vae):
@@ -279,33 +279,3 @@ def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) ->
         encodings=Remembered(settings.remember_mb * 10**6),
         adapters=Kept(settings.lora_cache_mb * 10**6),
     )
-
-
-def _load_component(recipe: Recipe, component: Component, decided: Plan) -> nn.Module:
-    """From the checkpoint. What shall pass through the card is made there, one by one.
-
-    What stays is put together unit by unit, as prepared weights are: tensors lie where there was
-    room between intermediate results, and such gaps were 3 GiB of 40.
-
-    Raises:
-        DoesNotFit: the host's memory would have to hold it, and cannot.
-    """
-    if decided.from_disk:
-        raise DoesNotFit(
-            "the host's memory does not hold the weights that pass through the card, and none are "
-            f"prepared: run `PRECISION_MODE={decided.precision} COMPUTE={recipe.compute} python -m "
-            "image_worker prepare` on a machine with more memory and a card of the same kind, with "
-            "the other settings and MODEL_DIR as here"
-        )
-    module = read_component(recipe, component, decided.precision, away=decided.streamed)
-    module = as_served(recipe, component, module)
-    held = {}
-    for name, slots in component.units(module).items():
-        if name in decided.streamed:
-            held[name] = Held.of(slots, recipe.device)
-            held[name].settle()  # so that what they held before is free
-        elif not name.endswith(f"/{HOST}"):
-            move(slots, recipe.device)
-    torch.cuda.empty_cache()
-    component.stream(module, held, recipe.device)
-    return module
