@@ -25,6 +25,7 @@ MACHINE = {
 }
 CARD = {"name": "a card", "memory": 2**34, "capability": "9.0", "driver": None}
 SHAPE = {"heads": 2, "size": 32, "text_tokens": 8, "image_tokens": 64}
+BUSY = {"name": "others", "ms": 10.0, "count": 2}
 Answer = Callable[[Mapping[str, str], Mapping[str, Any]], dict[str, Any] | None]
 
 
@@ -72,6 +73,8 @@ class StubProcess:
             if "error" in given:
                 raise WayFailed(given["error"]["type"], given["error"]["message"])
             return given
+        if order["do"] == "card_time":
+            return {"parts": [{"name": "products", "ms": 30.0, "count": 9}, BUSY]}
         return self._started() if order["do"] == "start" else self._edited(order, name)
 
     def _started(self) -> dict[str, Any]:

@@ -67,6 +67,8 @@ def refuse(variables: Mapping[str, str], order: Mapping[str, Any]) -> dict[str, 
     if order["do"] == "kernels":
         timed = {"name": "GELU", "fused": 0.5, "reference": 2.0}
         return {"pairs": [timed, {"name": "product", "problem": "<b>none</b>"}]}
+    if order["do"] == "card_time" and variables.get("PRECISION_MODE") == "4bit":
+        return {"problem": "<u>nobody</u> may look"}
     if variables.get("PRECISION_MODE") == "fp8":
         return {"error": {"type": "does_not_fit", "message": "<i>12 GiB</i>"}}
     return None
@@ -90,6 +92,8 @@ def test_the_page_is_html_with_all_ways(tmp_path: Path) -> None:
     assert "did not run: does_not_fit: <i>12 GiB</i>" in tags.text
     assert "4bit: 1.30 s a picture" in tags.text
     assert "25%" in tags.text, "the kernel's share of its reference"
+    assert "30.0 (75%)" in tags.text, "of the card's time, products"
+    assert "4bit: not measured: <u>nobody</u> may look." in tags.text
     assert all(image["alt"] and image["src"].startswith("data:") for image in tags.all("img"))
     assert len(tags.all("img")) == 1 + 3 * 3, "the job's, and of three seeds two and a difference"
     assert all(svg["role"] == "img" and svg["aria-label"] for svg in tags.all("svg"))
@@ -215,7 +219,7 @@ def test_it_is_shown_and_asks_for_nothing(
     shown.goto(url)
     assert [one for one in problems if one != url and not one.startswith("data:")] == []
     plots = shown.locator("svg.plot")
-    assert plots.count() == 4, "seconds, memory of the host, PSNR and SSIM"
+    assert plots.count() == 5, "seconds, memory of the host, PSNR, SSIM, the card's time"
     for place in range(plots.count()):
         box = plots.nth(place).bounding_box()
         assert box is not None and box["width"] > 250 and box["height"] > 50

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from image_worker import __main__ as command
-from image_worker.commands.compare import measuring
+from image_worker.commands.compare import card_time, measuring
 from image_worker.commands.compare.child import start
 from image_worker.commands.compare.kernels import measure as measure_kernels
 from image_worker.commands.compare.kernels import pairs
@@ -226,6 +227,66 @@ def test_kernels_are_measured_where_there_is_a_card(tmp_path: Path) -> None:
     measure(this, Watched(), Stubs(answer))
     assert results(this, "again")["kernels"] == {"pairs": timed}
     assert results(trial(tmp_path, "bf16"), "again")["kernels"] == {"problem": "no card"}
+
+
+def test_where_the_cards_time_goes_is_looked_at_once(tmp_path: Path) -> None:
+    on_card = MACHINE | {"card": CARD}
+
+    def answer(variables: Mapping[str, str], order: Mapping[str, Any]) -> dict[str, Any] | None:
+        if order["do"] == "card_time" and variables.get("PRECISION_MODE") == "fp8":
+            return {"error": {"type": "out_of_memory", "message": "full"}}
+        return {"pairs": []} if order["do"] == "kernels" else None
+
+    def orders(stubs: Stubs) -> list[str]:
+        return [name for name, what, _ in stubs.orders if what == "card_time"]
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(trial(tmp_path, "bf16", "fp8", machine=on_card), Watched(5), none := Stubs(answer))
+    assert orders(none) == []
+    this = trial(tmp_path, "bf16", "fp8", machine=on_card)
+    assert results(this, "again")["ways"][0]["card_time"] is None
+    measure(this, Watched(), later := Stubs(answer))
+    assert orders(later) == ["bf16", "fp8"] and later.runs() == []
+    good, bad = (way["card_time"] for way in results(this, "again")["ways"])
+    assert [part["ms"] for part in good["parts"]] == [30.0, 10.0]
+    assert bad == {"problem": "out_of_memory: full"}
+    measure(trial(tmp_path, "bf16", "fp8", machine=on_card), Watched(), again := Stubs(answer))
+    assert again.orders == []
+
+
+def test_every_kernel_of_ours_is_in_a_group_of_its_own_name() -> None:
+    folder = Path(fused.__file__).parent
+    sources = [path.read_text() for path in (*folder.glob("*.py"), *folder.glob("*.cu"))]
+    triton = {name for text in sources for name in re.findall(r"def (_\w+_kernel)\(", text)}
+    cuda = {name for text in sources for name in re.findall(r"__global__[^;{]*?\n(\w+)\(", text)}
+    assert len(triton) > 10 and cuda == {"attend", "to_tiles"}
+    ours = [re.compile(pattern) for _, pattern in card_time.GROUPS if pattern.startswith("^_")]
+    ours += [re.compile(r"^attend\b"), re.compile(r"^(_to_joint_kernel|to_tiles)\b")]
+    for name in triton | cuda:
+        assert any(pattern.search(name) for pattern in ours), name
+
+
+def test_kernels_are_told_apart_by_their_names() -> None:
+    kernels = [
+        ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NNT", 900.0, 3),
+        ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>", 500.0, 1),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", 250.0, 1),
+        ("void at::native::vectorized_elementwise_kernel<4, ...>", 100.0, 7),
+        ("sm80_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", 50.0, 2),
+        ("Memcpy HtoD (Pinned -> Device)", 25.0, 1),
+        ("_q4_q5_kernel", 10.0, 4),
+        ("cudaLaunchKernel", 0.0, 90),
+    ]
+    found = {part["name"]: (part["ms"], part["count"]) for part in card_time.parts_of(kernels)}
+    assert found == {
+        "products": (0.9, 3),
+        "attention": (0.75, 2),
+        "others": (0.1, 7),
+        "convolutions": (0.05, 2),
+        "copies": (0.025, 1),
+        "decoding of weights": (0.01, 4),
+    }
+    assert list(found) == [name for name in card_time.NAMES if name in found]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")

@@ -5,6 +5,7 @@ Orders come by the standard input and answers go to the standard output, a line 
     {"do": "machine"}                                        facts of the machine
     {"do": "start", "begun": …, "loras": […]}                facts of the cold start
     {"do": "edit", "input": {…}, "picture": path or null}    one job's seconds and memory
+    {"do": "card_time", "input": {…}}                        where its time goes, by kernels
     {"do": "kernels", "shape": {…}, "rounds": n}             the fused kernels' milliseconds
 
 An answer {"error": {"type", "message"}} says why there is none. It ends with its input.
@@ -43,6 +44,14 @@ def main() -> None:
     child.close()
 
 
+class JobFailed(Exception):
+    """error: of the job's reply."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        super().__init__(error["message"])
+        self.error = error
+
+
 class Child:
     """What one process knows: its worker, once that was started."""
 
@@ -55,6 +64,8 @@ class Child:
             found: dict[str, Any] = getattr(self, f"_{order['do']}")(order)
         except WorkerError as error:
             return {"error": error.reply()}
+        except JobFailed as failed:
+            return {"error": failed.error}
         except Exception as error:  # this process' catch-all: the others go on
             log.exception("unforeseen error")
             return {"error": InternalError(f"{type(error).__name__}: {error}").reply()}
@@ -102,19 +113,28 @@ class Child:
     def _edit(self, order: Mapping[str, Any]) -> dict[str, Any]:
         import pybase64
 
-        if self._worker is None:
-            raise InternalError("the worker was not started")
         clock = time.perf_counter()
-        reply = self._worker.run_blocking({"id": "compare", "input": order["input"]})
+        reply = self._reply(order)
         seconds = time.perf_counter() - clock
-        if "error" in reply:
-            return {"error": reply["error"]}
         if order["picture"]:
             Path(order["picture"]).write_bytes(pybase64.b64decode(reply["images"][0]))
         known = ("timings", "width", "height", "warnings")
         steps = reply["num_inference_steps"]
         facts = {name: reply[name] for name in known}
         return {"seconds": seconds, "steps": steps, **facts, **memory()}
+
+    def _card_time(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        from image_worker.commands.compare.card_time import measure
+
+        return measure(lambda: self._reply(order))
+
+    def _reply(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        if self._worker is None:
+            raise InternalError("the worker was not started")
+        reply = self._worker.run_blocking({"id": "compare", "input": order["input"]})
+        if "error" in reply:
+            raise JobFailed(reply["error"])
+        return reply
 
     def _kernels(self, order: Mapping[str, Any]) -> dict[str, Any]:
         import torch

@@ -109,8 +109,9 @@ class _Bar:
 
     def __init__(self, trial: Trial, command: str) -> None:
         pending = [len(trial.pending(way)) for way in trial.ways]
+        first = [bool(trial.pending(way)) or trial.unwatched(way) for way in trial.ways]
         self._trial, self._command = trial, command
-        self._bar = tqdm(total=sum(pending) + sum(map(bool, pending)), unit="job", disable=None)
+        self._bar = tqdm(total=sum(pending) + sum(first), unit="job", disable=None)
 
     def __enter__(self) -> _Bar:
         return self

@@ -36,7 +36,7 @@ class NoRoom(Exception):
 
 def measure(trial: Trial, watcher: Watcher, start: Callable[..., Process] = Process) -> None:
     """Measures until nothing is pending; what fails is a record, and the others go on."""
-    pending = [way for way in trial.ways if trial.pending(way)]
+    pending = [way for way in trial.ways if trial.pending(way) or trial.unwatched(way)]
     try:
         _in_turns(trial, pending, watcher, start)
     except NoRoom:
@@ -77,6 +77,20 @@ def _in_turns(
                     process.close()
                     del processes[way]
             watcher.round()
+        for way, process in processes.items():
+            _watch(trial, way, process, watcher)
+
+
+def _watch(trial: Trial, way: Way, process: Process, watcher: Watcher) -> None:
+    """One more picture, to see where the card's time goes. Its seconds do not count."""
+    if not trial.unwatched(way):
+        return
+    watcher.begins(f"{way.name}: where the card's time goes")
+    try:
+        found = process.ask(do="card_time", input=_job(trial, trial.seeds[0]))
+    except WayFailed as failed:
+        found = {"problem": f"{failed.type}: {failed.message}"}
+    trial.records.add("card_time", trial.key(way), **found)
 
 
 def _started(

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from image_worker.commands.compare import pictures
+from image_worker.commands.compare import card_section, pictures
 from image_worker.commands.compare.plots import Line, plot
 from image_worker.commands.compare.style import STYLE
 from image_worker.commands.compare.words import (
@@ -33,7 +33,8 @@ def page(results: Mapping[str, Any], job: Mapping[str, Any], out: Path) -> str:
         ("Plots", _plots(results["ways"])),
         ("Pictures", _pictures(results, out)),
         ("Starts", _starts(results["ways"])),
-        ("Fused kernels", _kernels(results["kernels"])),
+        ("Where the card's time goes", card_section.times(results["ways"])),
+        ("Fused kernels", card_section.kernels(results["kernels"])),
         ("The job", _job(results, job)),
         ("Machine and settings", _machine(results)),
         ("Once more", f"<pre>{escape(results['command'])}</pre>"),
@@ -149,28 +150,6 @@ def _starts(ways: Sequence[Mapping[str, Any]]) -> str:
             text = f"{number(way['start']['seconds'])} s ({steps}); {way['start']['plan']}"
             items.append(f"<li><b>{escape(way['name'])}</b>: {escape(text)}</li>")
     return f"<ul>{''.join(items)}</ul>" if items else ""
-
-
-def _kernels(kernels: Mapping[str, Any]) -> str:
-    if "problem" in kernels:
-        return f"<p>Not measured: {escape(kernels['problem'])}.</p>"
-    lines = []
-    for pair in kernels["pairs"]:
-        name = f'<tr><th scope="row">{escape(pair["name"])}</th>'
-        if "problem" in pair:
-            lines.append(f'{name}<td class="wide" colspan="3">{escape(pair["problem"])}</td></tr>')
-            continue
-        share = pair["fused"] / pair["reference"]
-        cells = (f"{pair['fused']:.3f}", f"{pair['reference']:.3f}", f"{share:.0%}")
-        lines.append(name + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    titles = ("operation", "kernel, ms", "in plain torch, ms", "share")
-    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
-    return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Fused kernels"><table>'
-        "<caption>One call on the shapes of a usual job, in bf16; medians by CUDA's clock. Plain "
-        "torch is the operation's definition, not the fastest way without a kernel.</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
 
 
 def _job(results: Mapping[str, Any], job: Mapping[str, Any]) -> str:

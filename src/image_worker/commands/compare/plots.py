@@ -19,7 +19,10 @@ _Place = Callable[[float], str]  # of a value: how far from the left
 
 @dataclass(frozen=True)
 class Line:
-    """dots: single values; interval: its ends; mark: the median; bar: from 0; figure: in words."""
+    """dots: single values; interval: its ends; mark: the median; bar: from 0; figure: in words.
+
+    parts: of which a bar is made, each in the colour of its place in the list.
+    """
 
     name: str
     figure: str
@@ -27,6 +30,7 @@ class Line:
     interval: tuple[float, float] | None = None
     mark: float | None = None
     bar: float | None = None
+    parts: Sequence[float] = ()
 
 
 def plot(title: str, unit: str, lines: Sequence[Line], *, from_zero: bool = False) -> str:
@@ -67,6 +71,7 @@ def _drawn(line: Line, top: int, place: _Place) -> list[str]:
             f'<rect class="bar" x="{_LEFT}" y="{middle - 7}" width="{width:.1f}" height="14" '
             'rx="3"/>'
         )
+    parts += _stacked(line.parts, middle, place)
     if line.interval is not None:
         x1, x2 = map(place, line.interval)
         parts.append(f'<line class="interval" x1="{x1}" x2="{x2}" y1="{middle}" y2="{middle}"/>')
@@ -77,6 +82,18 @@ def _drawn(line: Line, top: int, place: _Place) -> list[str]:
             f'<line class="mark" x1="{x}" x2="{x}" y1="{middle - 10}" y2="{middle + 10}"/>'
         )
     return parts
+
+
+def _stacked(values: Sequence[float], middle: int, place: _Place) -> list[str]:
+    found, start = [], 0.0
+    for number, value in enumerate(values):
+        x, end = float(place(start)), float(place(start + value))
+        found.append(
+            f'<rect class="part{number}" x="{x:.1f}" y="{middle - 7}" width="{end - x:.1f}" '
+            'height="14"/>'
+        )
+        start += value
+    return found
 
 
 def _labels(ticks: Sequence[float], unit: str, height: int, place: _Place) -> list[str]:
@@ -95,6 +112,7 @@ def _labels(ticks: Sequence[float], unit: str, height: int, place: _Place) -> li
 def _range(lines: Sequence[Line], from_zero: bool) -> tuple[float | None, float | None]:
     values = [value for line in lines for value in line.dots]
     values += [value for line in lines if line.bar is not None for value in (0.0, line.bar)]
+    values += [value for line in lines if line.parts for value in (0.0, sum(line.parts))]
     values += [0.0] if from_zero and values else []
     values = [value for value in values if math.isfinite(value)]
     return (min(values), max(values)) if values else (None, None)

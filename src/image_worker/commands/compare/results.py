@@ -5,13 +5,15 @@
      "ways": [{"name", "variables", "loras", "settings", "error": {"type", "message"} or null,
                "start": {"seconds", "steps": [{"name", "seconds"}], "plan", "weights"} or null,
                "first_job", "seconds": spread, "step_seconds": spread, "steps", "size",
-               "card", "host", "warnings", "against": name or null,
+               "card", "host", "card_time", "warnings", "against": name or null,
                "pictures": [{"seed", "file", "psnr", "ssim", "same"}]}]}
 
 A spread is {"values", "median", "low", "high", "coverage"}, or null where there is no run. Seconds,
 and bytes ("card": reserved by torch, null without one; "host": the process' peak). psnr: dB, null
 for the same picture and where there is none to compare with; `file` is relative to the folder.
-`against` is whose pictures they are compared with. A way that failed has the runs before that.
+`card_time` is {"parts": [{"name", "ms", "count"}]} of one picture's kernels by what they do, or
+{"problem"}; null where there is none. `against` is whose pictures they are compared with. A way
+that failed has the runs before that.
 """
 
 from __future__ import annotations
@@ -74,10 +76,16 @@ def _way(trial: Trial, way: Way, reference: Way | None) -> Results:
         "size": [last["width"], last["height"]] if last else None,
         "card": max((run["card"] for run in runs if run["card"] is not None), default=None),
         "host": max((run["host"] for run in runs), default=None),
+        "card_time": _card_time(trial, key),
         "warnings": last.get("warnings", []),
         "against": reference.name if reference else None,
         "pictures": [_picture(trial, way, seed, reference) for seed in _seeds(trial, way)],
     }
+
+
+def _card_time(trial: Trial, key: str) -> Results | None:
+    found = trial.records.first("card_time", key)
+    return found and {name: found[name] for name in ("parts", "problem") if name in found}
 
 
 def _runs(trial: Trial, way: Way) -> list[Record]:

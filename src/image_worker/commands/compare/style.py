@@ -44,6 +44,19 @@ thead th { color: var(--soft); font-weight: 600; }
 .plot .interval { stroke: var(--bar); stroke-width: 8; stroke-linecap: round; opacity: .55; }
 .plot .dot { fill: var(--card); stroke: var(--accent); stroke-width: 1.5; }
 .plot .mark { stroke: var(--ink); stroke-width: 2.5; }
+.legend { list-style: none; padding: 0; font-size: 14px; columns: 2; }
+.swatch { display: inline-block; width: 14px; height: 14px; border-radius: 3px;
+  margin-right: 8px; vertical-align: -2px; }
+.part0 { fill: #4e79a7; background: #4e79a7; }
+.part1 { fill: #f28e2b; background: #f28e2b; }
+.part2 { fill: #e15759; background: #e15759; }
+.part3 { fill: #76b7b2; background: #76b7b2; }
+.part4 { fill: #59a14f; background: #59a14f; }
+.part5 { fill: #edc948; background: #edc948; }
+.part6 { fill: #b07aa1; background: #b07aa1; }
+.part7 { fill: #ff9da7; background: #ff9da7; }
+.part8 { fill: #9c755f; background: #9c755f; }
+.part9 { fill: #8d8a86; background: #8d8a86; }
 .pictures { display: grid; gap: 12px; margin: 10px 0 18px;
   grid-template-columns: repeat(auto-fill, minmax(min(46%, 180px), 1fr)); }
 figure { margin: 0 0 10px; min-width: 0; }

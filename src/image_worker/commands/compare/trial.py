@@ -45,6 +45,11 @@ class Trial:
         key = self.key(way)
         return {run for run in self.runs() if self.records.run(key, *run) is None}
 
+    def unwatched(self, way: Way) -> bool:
+        """Whether it is still to be looked at where the card's time goes."""
+        on_card = self.machine["card"] is not None
+        return on_card and self.records.first("card_time", self.key(way)) is None
+
     def picture(self, way: Way, seed: int) -> Path:
         """Where a picture is, or shall be."""
         return self.out / "pictures" / f"{self.key(way)}-{seed}.png"
