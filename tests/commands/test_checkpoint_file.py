@@ -38,9 +38,9 @@ from tests.commands.test_doctor import (
     problems,
 )
 from tests.conftest import build_mini
-from tests.model.nunchaku_files import QUANTISATION
 from tests.model.test_scaled_fp8 import quantised, weights
 from tools import ggml
+from tools.nunchaku import QUANTISATION
 
 __all__ = ["_sizes_are_computed_once"]
 NO_LORA = {"USE_LIGHTNING_LORA": "0"}

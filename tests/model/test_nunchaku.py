@@ -28,8 +28,8 @@ from image_worker.model.packed import slots
 from image_worker.model.skeleton import Skeleton
 from image_worker.model.tensor_file import TensorFile
 from image_worker.model.transformer import ROUND_TO, Row, Transformer, velocities
-from tests.model import nunchaku_files
 from tests.model.nunchaku_files import Writer
+from tools import nunchaku
 
 FOLDER = Path(__file__).parents[1] / "data" / "nunchaku_tiny"
 FILE = FOLDER / "svdq-int4_r32-tiny.safetensors"
@@ -147,22 +147,22 @@ def test_the_transformer_answers_as_diffusers_does(compute: Compute, most: float
 @pytest.mark.parametrize(("rows", "columns"), [(128, 12288), (640, 3072), (9216, 128), (192, 320)])
 def test_codes_and_scales_of_any_shape(rows: int, columns: int) -> None:
     codes = torch.randint(-8, 8, (rows, columns))
-    found = fragments.codes(nunchaku_files.pack_codes(codes), rows, columns)
+    found = fragments.codes(nunchaku.pack_codes(codes), rows, columns)
     lower, upper = ((found >> shift & 15 ^ 8).to(torch.int8) - 8 for shift in (0, 4))
     assert torch.equal(torch.stack([lower, upper], dim=2).flatten(1), codes.to(torch.int8))
     scales = torch.randn(rows, columns // 64)
-    assert torch.equal(fragments.scales(nunchaku_files.pack_scales(scales), rows, columns), scales)
+    assert torch.equal(fragments.scales(nunchaku.pack_scales(scales), rows, columns), scales)
     values = torch.randint(16, (rows, columns))
-    assert torch.equal(fragments.awq_codes(nunchaku_files.pack_awq(values)), values.byte())
+    assert torch.equal(fragments.awq_codes(nunchaku.pack_awq(values)), values.byte())
 
 
 @pytest.mark.parametrize("rank", [16, 32, 48, 128])
 @pytest.mark.parametrize("channels", [3072, 12288, 192])
 def test_low_rank_factors_of_any_shape(channels: int, rank: int) -> None:
     up, down = torch.randn(channels, rank), torch.randn(rank, channels)
-    found = fragments.up(nunchaku_files.pack_factor(up, down=False), channels)
+    found = fragments.up(nunchaku.pack_factor(up, down=False), channels)
     assert torch.equal(found, up)
-    found = fragments.down(nunchaku_files.pack_factor(down, down=True), channels)
+    found = fragments.down(nunchaku.pack_factor(down, down=True), channels)
     assert torch.equal(found, down)
 
 

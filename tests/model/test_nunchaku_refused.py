@@ -18,8 +18,8 @@ from image_worker.model.formats.nunchaku_names import is_nunchaku
 from image_worker.model.lora import Lora
 from image_worker.model.opening import open_checkpoint
 from image_worker.model.tensor_file import TensorFile
-from tests.model.nunchaku_files import QUANTISATION
 from tests.model.test_nunchaku import CPU, EFFECTIVE, FILE, META, checkpoint
+from tools.nunchaku import QUANTISATION
 
 QKV = "transformer_blocks.1.attn.to_qkv"
 with safe_open(FILE, "pt") as opened:
