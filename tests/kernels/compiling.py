@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from image_worker.kernels import fused, gguf, heads, int8, nf4, products, svdq
+from image_worker.kernels import fp8, fused, gguf, heads, int8, nf4, products, svdq
 from tools.ggml import block_of
 
 BF16, FP16, FP8, INT8, FP32 = "*bf16", "*fp16", "*fp8e4nv", "*i8", "*fp32"
@@ -83,7 +83,7 @@ def kernels(capability: int) -> Iterator[Kernel]:
         rounded = {"values": values, "scales": FP32}
         yield fused._norm_kernel, NORM | rounded, FLAGS | {"BLOCK": 4096}, {"num_warps": 4}
         gelu = {"x": BF16, **rounded, "width": INT}
-        yield fused._gelu_kernel, gelu, {"ROUND": True, "BLOCK": 4096}, {"num_warps": 8}
+        yield fused._gelu_kernel, gelu, {"BLOCK": 4096}, {"num_warps": 8}
         quantise = {"x": BF16, "places": INDEX, **rounded, "width": INT}
         yield fused._quantise_kernel, quantise, {"GATHER": True, "BLOCK": 4096}, {"num_warps": 4}
         flags = DECODE_SIZES | {"INT8": values == INT8}
@@ -93,6 +93,8 @@ def kernels(capability: int) -> Iterator[Kernel]:
         yield svdq._svdq_kernel, SVDQ | {"into": values}, flags, svdq.LAUNCH
     for name in GGUF_TYPES if capability == HOPPER else GGUF_TYPES[:1]:
         yield decoding_of(name, BF16, scaled=False)
+    widened = {"values": BYTES, "scales": FP32, "into": BF16, "columns": INT}
+    yield fp8._fp8_kernel, widened, {"BLOCK": fp8.BLOCK}, {"num_warps": 4}
     for into in (BF16, FP16):
         yield nf4._decode_kernel, DECODE | {"into": into}, {"RUN": nf4._RUN}, nf4.LAUNCH
         flags = SVDQ_SIZES | {"ROUND": False}

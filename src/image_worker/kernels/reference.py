@@ -277,6 +277,12 @@ def decode_nf4(weight: Nf4Weight, into: Tensor, row_scales: Tensor | None = None
         into[piece] = round_values(values, into.dtype).view(-1, into.shape[1])
 
 
+def decode_fp8(values: Tensor, scales: Tensor, into: Tensor) -> None:
+    """FP8 values (rows, columns) times scales (rows, 1) float32, rounded once, into the same shape
+    in any type that holds FP8's numbers."""
+    into.copy_(values).mul_(scales)
+
+
 def decode_gguf(weight: GgufWeight, into: Tensor, row_scales: Tensor | None = None) -> None:
     """As `decode_nf4`, of what ggml's types hold."""
     rows = max(1, _PIECE_OF_BLOCKS // into.shape[1])

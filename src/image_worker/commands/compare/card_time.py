@@ -13,7 +13,7 @@ from typing import Any
 GROUPS = (
     ("products", r"^_(products|multiply)_kernel\b"),
     ("attention", r"^attend\b"),
-    ("decoding of weights", r"^_(decode|decode_rounded|numbers|q8|q4_q5|k|svdq)_kernel\b"),
+    ("decoding of weights", r"^_(decode|decode_rounded|numbers|q8|q4_q5|k|svdq|fp8)_kernel\b"),
     ("norms, modulation, residuals", r"^_norm_kernel\b"),
     ("GELU", r"^_gelu_kernel\b"),
     ("heads: norms, rotation, order", r"^(_to_joint_kernel|to_tiles)\b"),
