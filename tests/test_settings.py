@@ -90,6 +90,8 @@ def test_all_bad_values_are_named_at_once() -> None:
         {"INT8_CPU_OFFLOAD": "1", "PRECISION_MODE": "4bit"},
         {"QUANTIZE_COMPONENTS": "text", "PRECISION_MODE": "bf16"},
         {"TEXT_ENCODER_CHECKPOINT": "me/mine:x", "KEEP_PREPARED": "whole"},
+        {"CHECKPOINT_LIGHTNING": "4"},
+        {"CHECKPOINT_DECODE": "1"},
         {"SVDQ_RANGES": "x", "PRECISION_MODE": "svdq", "KEEP_PREPARED": "whole"},
         {"ATTENTION": "int8", "BNB_COMPUTE": "fp16"},
         {"COMPUTE": "fp8", "PRECISION_MODE": "8bit"},

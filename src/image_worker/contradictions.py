@@ -27,8 +27,10 @@ def refuse(settings: Settings) -> None:
 
 
 def _of_files(settings: Settings) -> None:
-    if settings.checkpoint is None and settings.checkpoint_lightning != "auto":
-        raise InvalidSettings("CHECKPOINT_LIGHTNING has no meaning without CHECKPOINT; drop it")
+    for name in ("checkpoint_lightning", "checkpoint_decode"):
+        is_set = getattr(settings, name) != type(settings).model_fields[name].default
+        if settings.checkpoint is None and is_set:
+            raise InvalidSettings(f"{name.upper()} has no meaning without CHECKPOINT; drop it")
     if settings.keep_prepared != "whole":
         return
     if settings.checkpoint is not None:

@@ -65,6 +65,11 @@ class Settings(BaseSettings):
             "auto knows published files",
         )
     )
+    checkpoint_decode: bool = Field(
+        False,
+        description="decode CHECKPOINT's weights once, when they are loaded, and store them as "
+        "PRECISION_MODE says, LoRAs merged; else they stay in the file's format",
+    )
     text_encoder_checkpoint: str | None = Field(
         None,
         description="a file with another text encoder, in FP8 or 16 bits: a path, an https URL, or "

@@ -170,6 +170,21 @@ def test_16_bits_are_stored_as_settings_say(tmp_path: Path) -> None:
     assert seen.label is None and seen.rows == judge_without(LARGE)[1].rows
 
 
+def test_what_is_decoded_is_stored_as_settings_say(fp8: str, tmp_path: Path) -> None:
+    decoded = {"MODEL": "edit-2509", "CHECKPOINT_DECODE": "1"}
+    expected = judge_without(LARGE)[1].rows
+    found, seen = judge(facts(LARGE, **decoded, CHECKPOINT=fp8))
+    assert re.search("is here: FP8 without scales, decoded, ", about(found, "checkpoint"))
+    assert seen.label is None and seen.rows == expected and not problems(found)
+    coming = {"MODEL_DIR": str(tmp_path), "CHECKPOINT": INT4, **decoded}
+    found, seen = judge(facts(LARGE, **coming))
+    assert "memory is forecast for the model's own weights" in about(found, "checkpoint")
+    assert seen.rows == expected
+    wide = full_size_file(tmp_path / "x", "BF16")
+    found, _ = judge(facts(LARGE, **decoded, CHECKPOINT=str(wide)))
+    assert "CHECKPOINT_DECODE=1 has no meaning with x" in problems(found)[0]
+
+
 @pytest.mark.parametrize(
     ("env", "status", "said"),
     [

@@ -20,8 +20,9 @@ from image_worker.kernels import reference
 from image_worker.model import build as build_module
 from image_worker.model.build import Model
 from image_worker.model.components import is_modulation
-from image_worker.model.opening import Plain, open_checkpoint
+from image_worker.model.opening import open_checkpoint
 from image_worker.model.placement import Plan
+from image_worker.model.plain import Plain
 from tests.conftest import MINI, MINI_FOLDER, build_mini
 from tests.model.test_scaled_fp8 import CONFIG, weights
 from tests.model.test_stream import edit, passing

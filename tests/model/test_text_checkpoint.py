@@ -23,9 +23,9 @@ from image_worker.model import components, files
 from image_worker.model.components import TEXT_ENCODER
 from image_worker.model.formats.fp8 import Fp8Linear
 from image_worker.model.formats.scaled_fp8 import ScaledFp8
-from image_worker.model.opening import Plain
 from image_worker.model.packed import slots
 from image_worker.model.placement import Plan
+from image_worker.model.plain import Plain
 from image_worker.model.recipe import Recipe, read_component
 from image_worker.model.text_checkpoint import open_text_encoder
 from image_worker.settings import Precision, Settings

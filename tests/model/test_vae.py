@@ -148,7 +148,7 @@ def test_nothing_that_only_joins_frames_is_kept(random: Any, tmp_path: Path) -> 
         ours = Vae(VaeConfig.parse(stock.config))
     storage = weights.Storage(torch.float32)
     files = [tmp_path / "vae.safetensors"]
-    weights.load(ours, files, storage, CPU, rename=VAE.rename, cut=VAE.cut)
+    weights.load(ours, weights.read(files, "", VAE.rename, VAE.cut), storage, CPU)
     kept, there = (sum(p.nbytes for p in vae.parameters()) for vae in (ours, stock))
     assert kept == sum(
         weights.stored_bytes(weights.shapes(files, VAE.rename, VAE.cut), storage).values()

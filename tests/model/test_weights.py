@@ -46,7 +46,7 @@ def test_shards_in_any_order(tmp_path: Path) -> None:
     given = tensors()
     halves = [dict(list(given.items())[::-1][:2]), dict(list(given.items())[::-1][2:])]
     module = net()
-    weights.load(module, write(tmp_path, *halves), PLAIN, CPU)
+    weights.load(module, weights.read(write(tmp_path, *halves)), PLAIN, CPU)
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, given[name])
     assert not any(parameter.requires_grad for parameter in module.parameters())
@@ -59,7 +59,7 @@ def test_a_quantised_layer_gets_its_bias_before_or_after(bias_first: bool, tmp_p
     files = write(tmp_path, first, second)
     module = net()
     form = weights.Storage(torch.float32, lambda name: format_of("4bit") if name == "0" else None)
-    weights.load(module, files if bias_first else files[::-1], form, CPU)
+    weights.load(module, weights.read(files if bias_first else files[::-1]), form, CPU)
     assert type(module[0]).__name__ == "CodedLinear"
     assert torch.equal(module[0].bias, first["0.bias"])
     x = torch.randn(3, 64)
@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     given = {name: t for name, t in (tensors() | change).items() if t is not None}
     with pytest.raises(ModelMismatch, match=complaint):
-        weights.load(net(), write(tmp_path, given), PLAIN, CPU)
+        weights.load(net(), weights.read(write(tmp_path, given)), PLAIN, CPU)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "8bit", "svdq", "4bit"])

@@ -14,7 +14,8 @@ from torch import nn
 from image_worker.model.configs import TransformerConfig
 from image_worker.model.formats.coded import CodedLinear
 from image_worker.model.formats.fp8 import Fp8Linear
-from image_worker.model.opening import Plain, open_checkpoint
+from image_worker.model.opening import open_checkpoint
+from image_worker.model.plain import Plain
 from tests.conftest import MINI_FOLDER
 from tools.full_size_files import KINDS, Weights, write
 

@@ -10,22 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
-
 from image_worker import checkpoints
 from image_worker.catalog import HubFile, ModelEntry
 from image_worker.commands.facts import CheckpointFile
-from image_worker.errors import ModelMismatch, WorkerError
-from image_worker.model import files, from_url, full_sizes, sources, weights
+from image_worker.errors import WorkerError
+from image_worker.model import files, from_url, full_sizes, sources
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.components import TEXT_ENCODER, TRANSFORMER
 from image_worker.model.opened import open_text_encoder, open_transformer
-from image_worker.model.opening import Plain, in_own_format
+from image_worker.model.opening import in_own_format
+from image_worker.model.plain import Plain
 from image_worker.model.sources import Sources
-from image_worker.model.tensor_file import TensorFile
 from image_worker.settings import Settings
-
-_SHOWN = 3  # of the faults that an error names
 
 
 def look_at_files(
@@ -122,7 +118,7 @@ def _open_transformer(
     place = folder or full_sizes.FOLDER
     opened = open_transformer(Sources(place, loras, checkpoint=path), settings, config)
     if isinstance(opened, Plain):
-        _check_complete(opened, TRANSFORMER.empty(place / TRANSFORMER.name))
+        opened.check(TRANSFORMER.empty(place / TRANSFORMER.name))
     return opened
 
 
@@ -136,7 +132,7 @@ def _open_text_encoder(
     place = _folder(settings, entry) or full_sizes.FOLDER
     opened = open_text_encoder(Sources(place, (), text_encoder=path), settings, transformer)
     if isinstance(opened, Plain):
-        _check_complete(opened, TEXT_ENCODER.empty(place / TEXT_ENCODER.name))
+        opened.check(TEXT_ENCODER.empty(place / TEXT_ENCODER.name))
     return opened
 
 
@@ -146,26 +142,3 @@ def _folder(settings: Settings, entry: ModelEntry) -> Path | None:
         return files.model_here(entry, settings)
     except WorkerError:  # said where the model is looked for
         return None
-
-
-def _check_complete(opened: Plain, module: nn.Module) -> None:
-    """As loading does, tensor by tensor. module: what is to be filled.
-
-    Raises:
-        ModelMismatch: tensors are missing, unknown, or of other shapes.
-    """
-    expected = weights.shapes_of(module)
-    parts = TensorFile.open(opened.path).parts
-    found = {name: parts[key].shape for name, key in opened.keys.items()}
-    wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    wrong += [f"{name} is not known" for name in found.keys() - expected.keys()]
-    wrong += [
-        f"{name} is {tuple(found[name])}, expected {tuple(expected[name])}"
-        for name in expected.keys() & found.keys()
-        if found[name] != expected[name]
-    ]
-    if wrong:
-        raise ModelMismatch(
-            f"the checkpoint {opened.path.name} does not fit the model: {len(wrong)} faults, the "
-            f"first: {'; '.join(sorted(wrong)[:_SHOWN])}"
-        )

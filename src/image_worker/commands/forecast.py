@@ -17,8 +17,9 @@ from image_worker.model import components, from_checkpoint, numbers
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.full_sizes import FOLDER, FullSize, full_size
 from image_worker.model.hardware import GIB, Hardware
-from image_worker.model.opening import Plain, in_own_format
+from image_worker.model.opening import in_own_format
 from image_worker.model.placement import Plan, Sizes, plan
+from image_worker.model.plain import Plain
 from image_worker.settings import Precision, Settings
 
 # Of the README's table of whole jobs: 1024² with one reference, Lightning 4 steps, everything on
@@ -124,7 +125,9 @@ def _as_stored(
 
 
 def _like(settings: Settings) -> Precision | None:
-    known = published(parse(settings.checkpoint)) if settings.checkpoint else None
+    if settings.checkpoint is None or settings.checkpoint_decode:
+        return None
+    known = published(parse(settings.checkpoint))
     return known.like if known else None
 
 

@@ -38,9 +38,10 @@ from image_worker.model.hardware import Hardware
 from image_worker.model.kept import Kept
 from image_worker.model.memory import release
 from image_worker.model.opened import Opened, open_files
-from image_worker.model.opening import Plain, in_own_format
+from image_worker.model.opening import in_own_format
 from image_worker.model.placed import load_placed
 from image_worker.model.placement import Plan, plan
+from image_worker.model.plain import Plain
 from image_worker.model.recipe import Incomplete, Recipe
 from image_worker.model.remembered import Remembered
 from image_worker.model.sources import Find, Sources

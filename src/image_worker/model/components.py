@@ -22,9 +22,10 @@ from image_worker.model import files, from_checkpoint, weights
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import PATCH, VAE_SCALE, TransformerConfig, VaeConfig
 from image_worker.model.formats import Format, format_of
-from image_worker.model.opening import Plain, in_own_format
+from image_worker.model.opening import in_own_format
 from image_worker.model.packed import HOST, Slot, slots, unit_of
 from image_worker.model.placement import Shape, Sizes
+from image_worker.model.plain import Plain
 from image_worker.model.skeleton import Skeleton
 from image_worker.model.stream import Blocks, Held
 from image_worker.model.text_encoder import TextEncoder

@@ -15,7 +15,8 @@ from image_worker.model import ranges, text_checkpoint
 from image_worker.model.beside import Beside
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import TransformerConfig
-from image_worker.model.opening import Plain, in_own_format, open_checkpoint
+from image_worker.model.opening import in_own_format, open_checkpoint
+from image_worker.model.plain import Decoding, Plain
 from image_worker.model.ranges import Ranges
 from image_worker.model.sources import Sources
 from image_worker.settings import Settings
@@ -63,19 +64,27 @@ def open_transformer(
 
     Raises:
         ModelMismatch: it does not fit the model, or is not understood.
-        InvalidSettings: it is not known whether Lightning is in it; ranges have no meaning with it.
+        InvalidSettings: it is not known whether Lightning is in it; a setting has no meaning with
+            it.
     """
     if found.checkpoint is None:
         return None
     expected = TransformerConfig.parse(config)
     opened = open_checkpoint(found.checkpoint, expected)
-    log.info("transformer: %s, %s", found.checkpoint.name, opened.label)
     own = in_own_format(opened)
     _check_lightning(found.checkpoint, own, settings)
+    if settings.checkpoint_decode:
+        if own is None:
+            raise InvalidSettings(
+                f"CHECKPOINT_DECODE=1 has no meaning with {found.checkpoint.name}, which is in "
+                f"{opened.label}; drop it"
+            )
+        opened, own = Decoding.of(own), None
+    log.info("transformer: %s, %s", found.checkpoint.name, opened.label)
     if own and found.ranges:
         raise InvalidSettings(
             f"SVDQ_RANGES has no meaning with {found.checkpoint.name}, whose weights stay in "
-            f"{own.label}; drop one"
+            f"{own.label}; drop one, or have them decoded with CHECKPOINT_DECODE=1"
         )
     return opened
 

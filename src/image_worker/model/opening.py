@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
@@ -22,6 +20,7 @@ from image_worker.model.formats.scaled_fp8 import (
     names_of,
     without_prefix,
 )
+from image_worker.model.plain import Plain, PlainFile
 from image_worker.model.skeleton import Skeleton
 from image_worker.model.tensor_file import TensorFile
 
@@ -35,22 +34,6 @@ _ARCHIVES = {
     b"\x1f\x8b": "a gzip archive",
     b"\x89HDF": "an HDF5 file",
 }
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A file in 16 bits or more, under whatever names.
-
-    Its weights are stored as `PRECISION_MODE` says, like those of a folder's files.
-    """
-
-    path: Path
-    keys: Mapping[str, str]  # by the model's names for them
-    label: ClassVar[str] = "16 bits or more"
-
-    def rename(self, key: str) -> str | None:
-        """The model's name for one of the file's keys; None: it is not needed."""
-        return next((name for name, found in self.keys.items() if found == key), None)
 
 
 def in_own_format(opened: Checkpoint | Plain | None) -> Checkpoint | None:
@@ -108,7 +91,7 @@ def _of_tensors(file: TensorFile, expected: TransformerConfig) -> Checkpoint | P
         with torch.device("meta"):
             model = Skeleton(expected)
         return ScaledFp8(file, names, model)
-    return Plain(file.path, names)
+    return PlainFile.of(file.path, names)
 
 
 def _name(key: str) -> str | None:

@@ -23,7 +23,8 @@ from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.components import Component
 from image_worker.model.lora import Lora
 from image_worker.model.modulation import Read
-from image_worker.model.opening import Plain, in_own_format
+from image_worker.model.opening import in_own_format
+from image_worker.model.plain import Plain
 from image_worker.model.ranges import NO_RANGES, Ranges
 from image_worker.model.transformer import ROUND_TO, Transformer
 from image_worker.settings import Precision, Settings
@@ -99,17 +100,18 @@ def read_component(
     if own := in_own_format(single):
         from_checkpoint.load(module, own, storage, recipe.device, stays)
         return module
-    assert single is None or isinstance(single, Plain)
+    if isinstance(single, Plain):
+        tensors = single.tensors(recipe.device, storage)
+    else:
+        found = files.weight_files(folder)
+        tensors = weights.read(found, component.name, component.rename, component.cut)
+    is_changed = component is components.TRANSFORMER
     weights.load(
         module,
-        [single.path] if single else files.weight_files(folder),
+        tensors,
         storage,
         recipe.device,
-        rename=single.rename if single else component.rename,
-        cut=component.cut,
-        loras=[Lora.read(path) for path in recipe.loras]
-        if component is components.TRANSFORMER
-        else (),
+        loras=[Lora.read(path) for path in recipe.loras] if is_changed else (),
         label=component.name,
         stays=stays,
     )
@@ -166,11 +168,11 @@ def modulation_layers(recipe: Recipe) -> Read:
     single = recipe.checkpoint_of(components.TRANSFORMER)
     if own := in_own_format(single):
         return functools.partial(own.full, device=recipe.device)
-    assert single is None or isinstance(single, Plain)
-    folder = recipe.folder / components.TRANSFORMER.name
-    found = [single.path] if single else files.weight_files(folder)
     loras = [Lora.read(path, only=components.is_modulation) for path in recipe.loras]
-    return weights.Layers(found, loras, recipe.dtype, single.keys if single else {})
+    if isinstance(single, Plain):
+        return single.layers(loras, recipe.device, recipe.dtype)
+    folder = recipe.folder / components.TRANSFORMER.name
+    return weights.Layers(files.weight_files(folder), loras, recipe.dtype)
 
 
 def keep_kernels(settings: Settings) -> Path | None:

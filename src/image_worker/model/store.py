@@ -238,8 +238,11 @@ class Store:
         recipe = self._recipe
         settings, folder = recipe.settings, recipe.folder
         singles = {name: single.path for name, single in recipe.checkpoints.items()}
-        is_svdq = self._precision == "svdq"
-        parts = {"rank": settings.svdq_rank, "ranges": recipe.ranges.digest} if is_svdq else {}
+        parts: dict[str, Any] = {}
+        if self._precision == "svdq":
+            parts |= {"rank": settings.svdq_rank, "ranges": recipe.ranges.digest}
+        if settings.checkpoint_decode:
+            parts["decoded"] = True
         return parts | {
             "model": recipe.entry.name,
             "precision": self._precision,

@@ -12,7 +12,8 @@ from image_worker.errors import ModelMismatch
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.components import TEXT_ENCODER, text_encoder_name
 from image_worker.model.formats.scaled_fp8 import MARK, ScaledFp8, names_of, without_prefix
-from image_worker.model.opening import GGUF, Plain, first_bytes, is_fp8
+from image_worker.model.opening import GGUF, first_bytes, is_fp8
+from image_worker.model.plain import Plain, PlainFile
 from image_worker.model.tensor_file import TensorFile
 
 _PREFIXES = ("text_encoders.qwen25_7b.transformer.", "qwen25_7b.transformer.", "text_encoder.")
@@ -41,7 +42,7 @@ def open_text_encoder(path: Path, folder: Path) -> Checkpoint | Plain:
     names = names_of(file, _name)
     if is_fp8(file, names, "bf16, fp16 or FP8 (e4m3)"):
         return ScaledFp8(file, names, TEXT_ENCODER.empty(folder), TEXT_ENCODER.quantised)
-    return Plain(path, names)
+    return PlainFile.of(path, names)
 
 
 def _name(key: str) -> str | None:

@@ -7,7 +7,7 @@ Layers that are needed now and then only stay in their files: `Layers` reads the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -44,21 +44,18 @@ class Storage:
 
 def load(
     module: nn.Module,
-    files: list[Path],
+    tensors: Iterable[tuple[str, Tensor]],
     storage: Storage,
     device: torch.device,
     *,
-    rename: Rename = lambda name: name,
-    cut: Cut | None = None,
     loras: Sequence[Lora] = (),
     label: str = "",
     stays: Callable[[str], bool] = lambda name: True,  # noqa: ARG005
 ) -> None:
-    """Fills `module`, whose parameters are on the meta device, from safetensors `files`.
+    """Puts tensors into `module`, whose parameters are on the meta device, by its names for them.
 
-    rename: the module's name for a checkpoint's tensor, or None for one that is not needed;
-    cut: the part of a checkpoint's tensor that is needed, if not all of it; stays: whether
-    what is made of a tensor stays on `device`, or goes to the host.
+    Of layers that stay on disk only the shapes count. stays: whether what is made of a tensor
+    stays on `device`, or goes to the host.
 
     Raises:
         ModelMismatch: a tensor without a place, a place without a tensor, a shape that differs, or
@@ -67,15 +64,10 @@ def load(
     for lora in loras:
         lora.check_fits(module)
     missing = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    for name, tensor in _read(files, label):
-        target = rename(name)
-        if target is None:
-            continue
+    for target, tensor in tensors:
         if target not in missing:
-            raise ModelMismatch(f"{label}: the checkpoint has {name}, which the model has not")
+            raise ModelMismatch(f"{label}: the checkpoint has {target}, which the model has not")
         missing.remove(target)
-        if cut is not None:
-            tensor = cut(tensor)
         _check_shape(module, target, tensor.shape)
         if not storage.on_disk(target.rpartition(".")[0]):
             _place(module, target, tensor, storage, device, loras)
@@ -126,7 +118,7 @@ class Layers:
         names = (f"{path}.weight", f"{path}.bias")
         keys = [self._keys.get(name, name) for name in names]
         weight, bias = (self._files[key].read(key).to(self._dtype) for key in keys)
-        return _with_loras(weight, path, self._loras), bias
+        return with_loras(weight, path, self._loras), bias
 
 
 def _check_shape(module: nn.Module, name: str, shape: torch.Size) -> None:
@@ -138,7 +130,7 @@ def _check_shape(module: nn.Module, name: str, shape: torch.Size) -> None:
         )
 
 
-def _with_loras(weight: Tensor, path: str, loras: Sequence[Lora]) -> Tensor:
+def with_loras(weight: Tensor, path: str, loras: Sequence[Lora]) -> Tensor:
     """The weight of the layer `path` with their changes, in its type."""
     if not any(path in lora.pairs for lora in loras):
         return weight
@@ -160,7 +152,7 @@ def _place(
     owner = module.get_submodule(path)
     tensor = tensor.to(device=device, dtype=storage.dtype)
     if leaf == "weight":
-        tensor = _with_loras(tensor, path, loras)
+        tensor = with_loras(tensor, path, loras)
     is_weight = leaf == "weight" and isinstance(owner, nn.Linear)
     form = storage.format_of(path) if is_weight else None
     if form is None:
@@ -210,15 +202,25 @@ def stored_bytes(shapes: Mapping[str, torch.Size], storage: Storage) -> dict[str
     return found
 
 
-def _read(files: list[Path], label: str) -> Iterator[tuple[str, Tensor]]:
-    """All tensors, with a progress bar in a terminal, file by file."""
+def read(
+    files: list[Path],
+    label: str = "",
+    rename: Rename = lambda name: name,
+    cut: Cut | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that are needed, file by file, with a progress bar in a terminal.
+
+    rename: the module's name for a checkpoint's tensor, or None for one that is not needed;
+    cut: the part of a checkpoint's tensor that is needed, if not all of it.
+    """
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
         for file in files:
             with _open(file) as shard:
                 for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    tensor = shard.get_tensor(name)
-                    yield name, tensor
+                    target, tensor = rename(name), shard.get_tensor(name)
+                    if target is not None:
+                        yield target, tensor if cut is None else cut(tensor)
                     bar.update(tensor.nbytes)
 
 
