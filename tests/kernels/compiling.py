@@ -83,7 +83,7 @@ def kernels(capability: int) -> Iterator[Kernel]:
         rounded = {"values": values, "scales": FP32}
         yield fused._norm_kernel, NORM | rounded, FLAGS | {"BLOCK": 4096}, {"num_warps": 4}
         gelu = {"x": BF16, **rounded, "width": INT}
-        yield fused._gelu_kernel, gelu, {"BLOCK": 4096}, {"num_warps": 8}
+        yield fused._gelu_kernel, gelu, {"ROUND": True, "BLOCK": 4096}, {"num_warps": 8}
         quantise = {"x": BF16, "places": INDEX, **rounded, "width": INT}
         yield fused._quantise_kernel, quantise, {"GATHER": True, "BLOCK": 4096}, {"num_warps": 4}
         flags = DECODE_SIZES | {"INT8": values == INT8}

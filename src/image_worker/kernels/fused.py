@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from image_worker.kernels import fp8, gguf, heads, int8, nf4, products, reference, svdq
+from image_worker.kernels import fp8, gguf, heads, int8, nf4, products, svdq
 from image_worker.kernels.reference import EPSILON, Activation, Quantised, streams
 from image_worker.kernels.rounding import factor_of_token, rounded, store_rounded
 
@@ -64,13 +64,12 @@ def add_and_modulate(
 
 
 def gelu(x: Tensor, *, round_to: torch.dtype | None) -> Activation:
-    """As `reference.gelu`; which is as fast as it can be where nothing is rounded."""
-    if round_to is None:
-        return reference.gelu(x, round_to=None)
+    """As `reference.gelu`."""
     tokens, width = x.shape
-    found = _quantised_room(x, tokens, round_to)
+    found = _room(x, round_to)
+    values, scales = _parts(found)
     shape = _shape(triton.cdiv(width, 3), per_warp=512)
-    _gelu_kernel[(tokens,)](x, found.values, found.scales, width, **shape)
+    _gelu_kernel[(tokens,)](x, values, scales, width, ROUND=round_to is not None, **shape)
     return found
 
 
@@ -212,7 +211,7 @@ def _quantise_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gelu_kernel(  # type: ignore[no-untyped-def]
-    x, values, scales, width, BLOCK: tl.constexpr
+    x, values, scales, width, ROUND: tl.constexpr, BLOCK: tl.constexpr
 ):
     # In thirds: blocks are powers of two, and the model's widths are three times one. This kernel
     # has so much to compute that a whole row in a block, a quarter of it idle, takes longer.
@@ -225,11 +224,13 @@ def _gelu_kernel(  # type: ignore[no-untyped-def]
     row2 = _gelu(x + start, second, width)
     row3 = _gelu(x + start, third, width)
     dtype = values.dtype.element_ty
-    highest = tl.maximum(tl.maximum(tl.abs(row1), tl.abs(row2)), tl.abs(row3))
-    factor = factor_of_token(tl.max(highest), row1 + row2 + row3, scales, token, dtype)
-    tl.store(values + start + first, rounded(row1 * factor, dtype), mask=first < width)
-    tl.store(values + start + second, rounded(row2 * factor, dtype), mask=second < width)
-    tl.store(values + start + third, rounded(row3 * factor, dtype), mask=third < width)
+    if ROUND:
+        highest = tl.maximum(tl.maximum(tl.abs(row1), tl.abs(row2)), tl.abs(row3))
+        factor = factor_of_token(tl.max(highest), row1 + row2 + row3, scales, token, dtype)
+        row1, row2, row3 = row1 * factor, row2 * factor, row3 * factor
+    tl.store(values + start + first, rounded(row1, dtype), mask=first < width)
+    tl.store(values + start + second, rounded(row2, dtype), mask=second < width)
+    tl.store(values + start + third, rounded(row3, dtype), mask=third < width)
 
 
 @triton.jit

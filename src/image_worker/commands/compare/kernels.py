@@ -55,6 +55,7 @@ def pairs(
         ("residual", "add", (x, x, gate, owner), {}),
         ("heads", "to_joint_heads", (qkv, norms, rope, places, text), {}),
         *(_of_norms(x, gate, shift, scale, owner, None)),
+        ("GELU", "gelu", (wide,), {"round_to": None}),
         *(_of_norms(x, gate, shift, scale, owner, FP8)),
         ("GELU, to FP8", "gelu", (wide,), {"round_to": FP8}),
         ("attention's output, to FP8", "to_stream", (x, places), {"round_to": FP8}),
