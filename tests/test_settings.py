@@ -92,6 +92,7 @@ def test_all_bad_values_are_named_at_once() -> None:
         {"TEXT_ENCODER_CHECKPOINT": "me/mine:x", "KEEP_PREPARED": "whole"},
         {"CHECKPOINT_LIGHTNING": "4"},
         {"CHECKPOINT_DECODE": "1"},
+        {"CHECKPOINT": "me/x:y", "CHECKPOINT_DECODE": "1", "COMPUTE": "fp8", "BNB_COMPUTE": "fp16"},
         {"SVDQ_RANGES": "x", "PRECISION_MODE": "svdq", "KEEP_PREPARED": "whole"},
         {"ATTENTION": "int8", "BNB_COMPUTE": "fp16"},
         {"COMPUTE": "fp8", "PRECISION_MODE": "8bit"},

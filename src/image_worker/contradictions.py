@@ -89,8 +89,8 @@ def _of_svdq(settings: Settings) -> None:
 
 
 def _of_products(settings: Settings) -> None:
-    if settings.checkpoint is not None:  # by whose format it is decided, once that is known
-        return
+    if settings.checkpoint is not None and not settings.checkpoint_decode:
+        return  # by whose format it is decided, once that is known
     compute = settings.compute
     if compute in ("auto", "bf16"):
         return

@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     )
     checkpoint_decode: bool = Field(
         False,
-        description="decode CHECKPOINT's weights once, when they are loaded, and store them as "
+        description="decode CHECKPOINT's weights when they are loaded, and store them as "
         "PRECISION_MODE says, LoRAs merged; else they stay in the file's format",
     )
     text_encoder_checkpoint: str | None = Field(

@@ -22,7 +22,7 @@ from image_worker.model.build import Model
 from image_worker.model.components import is_modulation
 from image_worker.model.opening import open_checkpoint
 from image_worker.model.placement import Plan
-from image_worker.model.plain import Plain
+from image_worker.model.wide import Wide
 from tests.conftest import MINI, MINI_FOLDER, build_mini
 from tests.model.test_scaled_fp8 import CONFIG, weights
 from tests.model.test_stream import edit, passing
@@ -158,7 +158,7 @@ def test_no_headers_length_is_taken_for_a_pickle(base: Any, tmp_path: Path) -> N
     for padding in range(0, 256, 8):
         save_file(base, path, {"padding": "x" * padding})
         if path.read_bytes()[:1] == b"\x80":
-            assert isinstance(open_checkpoint(path, CONFIG), Plain)
+            assert isinstance(open_checkpoint(path, CONFIG), Wide)
             return
     pytest.fail("no header of such a length")
 
@@ -171,7 +171,7 @@ def test_types_that_are_not_known_are_named(base: Any, tmp_path: Path) -> None:
 
 def test_another_models_weights_are_refused(base: Any, tmp_path: Path) -> None:
     half = {name: tensor[: len(tensor) // 2].contiguous() for name, tensor in base.items()}
-    assert isinstance(open_checkpoint(Path(saved(half, tmp_path)), CONFIG), Plain)
+    assert isinstance(open_checkpoint(Path(saved(half, tmp_path)), CONFIG), Wide)
     with pytest.raises(ModelMismatch, match="in the checkpoint"):
         build_mini(checkpoint=saved(half, tmp_path), **NO_LORA)
     assert MINI.name == "mini"
@@ -191,7 +191,7 @@ def test_gguf_is_served_from_start_to_picture(
         },
     )
     opened = open_checkpoint(path, CONFIG)
-    assert not isinstance(opened, Plain)
+    assert not isinstance(opened, Wide)
     wide = {name: opened.other(name).float() for name in opened.others}
     for layer in opened.linears:
         wide[f"{layer}.weight"], wide[f"{layer}.bias"] = opened.full(layer, torch.device("cpu"))

@@ -25,9 +25,9 @@ from image_worker.model.formats.fp8 import Fp8Linear
 from image_worker.model.formats.scaled_fp8 import ScaledFp8
 from image_worker.model.packed import slots
 from image_worker.model.placement import Plan
-from image_worker.model.plain import Plain
 from image_worker.model.recipe import Recipe, read_component
 from image_worker.model.text_checkpoint import open_text_encoder
+from image_worker.model.wide import Wide
 from image_worker.settings import Precision, Settings
 from tests import upstream
 from tests.conftest import MINI, MINI_FOLDER, build_mini, mini_model
@@ -175,7 +175,7 @@ def test_prompts_and_pictures_are_encoded_as_by_the_weights_it_stands_for(
 def test_a_file_in_16_bits_is_stored_as_settings_say(tmp_path: Path) -> None:
     half = {f"text_encoder.{newer(name)}": tensor for name, tensor in weights().items()}
     path = saved(half | {"lm_head.weight": torch.ones(2, 2)}, tmp_path)
-    assert isinstance(open_text_encoder(path, FOLDER), Plain)
+    assert isinstance(open_text_encoder(path, FOLDER), Wide)
     for precision in ("bf16", "4bit"):
         pair = [dict(read(one, torch.bfloat16, precision).state_dict()) for one in (path, None)]
         assert pair[0].keys() == pair[1].keys()

@@ -19,14 +19,14 @@ from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.components import TEXT_ENCODER, TRANSFORMER
 from image_worker.model.opened import open_text_encoder, open_transformer
 from image_worker.model.opening import in_own_format
-from image_worker.model.plain import Plain
 from image_worker.model.sources import Sources
+from image_worker.model.wide import Wide
 from image_worker.settings import Settings
 
 
 def look_at_files(
     settings: Settings, entry: ModelEntry
-) -> tuple[dict[str, CheckpointFile], dict[str, Checkpoint | Plain]]:
+) -> tuple[dict[str, CheckpointFile], dict[str, Checkpoint | Wide]]:
     """What is known of them for the model that would be served; and those that a start takes. Both
     by the names of the components whose weights they have.
 
@@ -34,7 +34,7 @@ def look_at_files(
         InvalidSettings: a variable names nothing.
     """
     known: dict[str, CheckpointFile] = {}
-    opened: dict[str, Checkpoint | Plain] = {}
+    opened: dict[str, Checkpoint | Wide] = {}
     if settings.checkpoint is not None:
         known[TRANSFORMER.name], transformer = _look_at_transformer(settings, entry)
         if transformer is not None:
@@ -49,7 +49,7 @@ def look_at_files(
 
 def _look_at_transformer(
     settings: Settings, entry: ModelEntry
-) -> tuple[CheckpointFile, Checkpoint | Plain | None]:
+) -> tuple[CheckpointFile, Checkpoint | Wide | None]:
     source = checkpoints.parse(settings.checkpoint or "")
     published = checkpoints.published(source)
     path = from_url.checkpoint_here(settings)
@@ -67,8 +67,8 @@ def _look_at_transformer(
 
 
 def _look_at_text_encoder(
-    settings: Settings, entry: ModelEntry, transformer: Checkpoint | Plain | None
-) -> tuple[CheckpointFile, Checkpoint | Plain | None]:
+    settings: Settings, entry: ModelEntry, transformer: Checkpoint | Wide | None
+) -> tuple[CheckpointFile, Checkpoint | Wide | None]:
     text = settings.text_encoder_checkpoint or ""
     path = from_url.text_encoder_here(settings)
     opened, problem = _look(
@@ -83,8 +83,8 @@ def _look_at_text_encoder(
 
 
 def _look(
-    path: Path | None, settings: Settings, open_file: Callable[[], Checkpoint | Plain | None]
-) -> tuple[Checkpoint | Plain | None, str | None]:
+    path: Path | None, settings: Settings, open_file: Callable[[], Checkpoint | Wide | None]
+) -> tuple[Checkpoint | Wide | None, str | None]:
     """What `open_file` opens, and why a start would end. path: None if it is not here."""
     if path is None and settings.local_only:
         return None, "it is not on this machine, and LOCAL_ONLY=1 forbids downloads"
@@ -103,7 +103,7 @@ def _name(source: Path | HubFile | str) -> str:
 
 def _open_transformer(
     path: Path | None, settings: Settings, entry: ModelEntry
-) -> Checkpoint | Plain | None:
+) -> Checkpoint | Wide | None:
     """By what a start does. Without a path, settings alone are judged.
 
     Raises:
@@ -117,7 +117,7 @@ def _open_transformer(
     loras = tuple(Path(file.path) for file in sources.loras_of(entry, settings))
     place = folder or full_sizes.FOLDER
     opened = open_transformer(Sources(place, loras, checkpoint=path), settings, config)
-    if isinstance(opened, Plain):
+    if isinstance(opened, Wide):
         opened.check(TRANSFORMER.empty(place / TRANSFORMER.name))
     return opened
 
@@ -126,12 +126,12 @@ def _open_text_encoder(
     path: Path | None,
     settings: Settings,
     entry: ModelEntry,
-    transformer: Checkpoint | Plain | None,
-) -> Checkpoint | Plain | None:
+    transformer: Checkpoint | Wide | None,
+) -> Checkpoint | Wide | None:
     """The same. transformer: as of `open_text_encoder`."""
     place = _folder(settings, entry) or full_sizes.FOLDER
     opened = open_text_encoder(Sources(place, (), text_encoder=path), settings, transformer)
-    if isinstance(opened, Plain):
+    if isinstance(opened, Wide):
         opened.check(TEXT_ENCODER.empty(place / TEXT_ENCODER.name))
     return opened
 

@@ -19,7 +19,7 @@ from image_worker.model.full_sizes import FOLDER, FullSize, full_size
 from image_worker.model.hardware import GIB, Hardware
 from image_worker.model.opening import in_own_format
 from image_worker.model.placement import Plan, Sizes, plan
-from image_worker.model.plain import Plain
+from image_worker.model.wide import Wide
 from image_worker.settings import Precision, Settings
 
 # Of the README's table of whole jobs: 1024² with one reference, Lightning 4 steps, everything on
@@ -35,14 +35,14 @@ def forecast(
     entry: ModelEntry,
     card: Card | None,
     host: int | None,
-    opened: Mapping[str, Checkpoint | Plain] = MappingProxyType({}),
+    opened: Mapping[str, Checkpoint | Wide] = MappingProxyType({}),
 ) -> Forecast:
     """For a model of the catalogue; of the miniature, which fits anywhere, there is no table.
 
     card: None without one, and then there is no table either; host: bytes of its memory that are
     free; opened: files that components' weights are in instead of the folder's, by the components'
     names, if they are here. A CHECKPOINT that is not, and is known to be like a precision of ours,
-    counts as that.
+    counts as that, unless it is to be decoded.
     """
     shown = CATALOG["edit-2509"] if entry.name == "mini" else entry
     stored = _as_stored(shown, settings, opened if entry is shown else {})
@@ -97,7 +97,7 @@ class _Stored:
 
 
 def _as_stored(
-    entry: ModelEntry, settings: Settings, opened: Mapping[str, Checkpoint | Plain]
+    entry: ModelEntry, settings: Settings, opened: Mapping[str, Checkpoint | Wide]
 ) -> _Stored:
     model = full_size(entry, settings)
     beside = model.lora if _adds_lightning(settings) else 0

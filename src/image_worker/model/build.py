@@ -41,7 +41,6 @@ from image_worker.model.opened import Opened, open_files
 from image_worker.model.opening import in_own_format
 from image_worker.model.placed import load_placed
 from image_worker.model.placement import Plan, plan
-from image_worker.model.plain import Plain
 from image_worker.model.recipe import Incomplete, Recipe
 from image_worker.model.remembered import Remembered
 from image_worker.model.sources import Find, Sources
@@ -49,6 +48,7 @@ from image_worker.model.store import Store, may_do_without
 from image_worker.model.stream import blocks_of
 from image_worker.model.text_config import Patching, read_patching
 from image_worker.model.tokenizer import TextTokenizer
+from image_worker.model.wide import Wide
 from image_worker.settings import Precision, Settings
 
 log = logging.getLogger(__name__)
@@ -209,13 +209,13 @@ def _recipe(
     )
 
 
-def _label(checkpoint: Checkpoint | Plain | None, decided: Plan) -> str:
+def _label(checkpoint: Checkpoint | Wide | None, decided: Plan) -> str:
     found = in_own_format(checkpoint)
     return found.label if found else decided.precision
 
 
 def _transformers_precision(
-    settings: Settings, decided: Plan, checkpoint: Checkpoint | Plain | None
+    settings: Settings, decided: Plan, checkpoint: Checkpoint | Wide | None
 ) -> Precision:
     """What its products are chosen by."""
     found = in_own_format(checkpoint)

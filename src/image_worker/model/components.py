@@ -25,11 +25,11 @@ from image_worker.model.formats import Format, format_of
 from image_worker.model.opening import in_own_format
 from image_worker.model.packed import HOST, Slot, slots, unit_of
 from image_worker.model.placement import Shape, Sizes
-from image_worker.model.plain import Plain
 from image_worker.model.skeleton import Skeleton
 from image_worker.model.stream import Blocks, Held
 from image_worker.model.text_encoder import TextEncoder
 from image_worker.model.vae import Vae, checkpoint_name, last_frame
+from image_worker.model.wide import Wide
 from image_worker.settings import Precision, Settings
 
 
@@ -186,7 +186,7 @@ def sizes(
     dtype: torch.dtype,
     *,
     has_weights: bool = True,
-    checkpoints: Mapping[str, Checkpoint | Plain] = MappingProxyType({}),
+    checkpoints: Mapping[str, Checkpoint | Wide] = MappingProxyType({}),
     beside: int = 0,
 ) -> dict[Precision, Sizes]:
     """What the model's weights would take, in bytes, at each precision.

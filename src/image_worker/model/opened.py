@@ -16,9 +16,9 @@ from image_worker.model.beside import Beside
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import TransformerConfig
 from image_worker.model.opening import in_own_format, open_checkpoint
-from image_worker.model.plain import Decoding, Plain
 from image_worker.model.ranges import Ranges
 from image_worker.model.sources import Sources
+from image_worker.model.wide import Decoding, Wide
 from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Opened:
     ranges: of its activations.
     """
 
-    checkpoints: Mapping[str, Checkpoint | Plain]
+    checkpoints: Mapping[str, Checkpoint | Wide]
     beside: Beside | None
     ranges: Ranges
 
@@ -57,7 +57,7 @@ def open_files(found: Sources, settings: Settings, configs: Mapping[str, dict[st
 
 def open_transformer(
     found: Sources, settings: Settings, config: dict[str, Any]
-) -> Checkpoint | Plain | None:
+) -> Checkpoint | Wide | None:
     """The file that the transformer's weights are in, if they are not the folder's.
 
     config: the transformer's, of the model's folder.
@@ -109,7 +109,7 @@ def _check_lightning(path: Path, own: Checkpoint | None, settings: Settings) -> 
 
 
 def read_beside(
-    found: Sources, opened: Checkpoint | Plain | None, config: dict[str, Any]
+    found: Sources, opened: Checkpoint | Wide | None, config: dict[str, Any]
 ) -> Beside | None:
     """The LoRAs, if they cannot be merged, since the weights are in a format of their own.
 
@@ -126,8 +126,8 @@ def read_beside(
 
 
 def open_text_encoder(
-    found: Sources, settings: Settings, transformer: Checkpoint | Plain | None
-) -> Checkpoint | Plain | None:
+    found: Sources, settings: Settings, transformer: Checkpoint | Wide | None
+) -> Checkpoint | Wide | None:
     """The file that the text encoder's weights are in, if they are not the folder's.
 
     transformer: the file that its weights are in, if they are not the folder's.

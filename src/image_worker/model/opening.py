@@ -20,9 +20,9 @@ from image_worker.model.formats.scaled_fp8 import (
     names_of,
     without_prefix,
 )
-from image_worker.model.plain import Plain, PlainFile
 from image_worker.model.skeleton import Skeleton
 from image_worker.model.tensor_file import TensorFile
+from image_worker.model.wide import Wide, WideFile
 
 GGUF = b"GGUF"
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
@@ -36,12 +36,12 @@ _ARCHIVES = {
 }
 
 
-def in_own_format(opened: Checkpoint | Plain | None) -> Checkpoint | None:
+def in_own_format(opened: Checkpoint | Wide | None) -> Checkpoint | None:
     """The file, if `PRECISION_MODE` does not say how its weights are stored."""
-    return None if isinstance(opened, Plain) else opened
+    return None if isinstance(opened, Wide) else opened
 
 
-def open_checkpoint(path: Path, expected: TransformerConfig) -> Checkpoint | Plain:
+def open_checkpoint(path: Path, expected: TransformerConfig) -> Checkpoint | Wide:
     """expected: of the model that it is to serve.
 
     Raises:
@@ -78,7 +78,7 @@ def first_bytes(path: Path) -> bytes:
     return start[:4]
 
 
-def _of_tensors(file: TensorFile, expected: TransformerConfig) -> Checkpoint | Plain:
+def _of_tensors(file: TensorFile, expected: TransformerConfig) -> Checkpoint | Wide:
     if is_nunchaku(file):
         return NunchakuCheckpoint(file, expected)
     names = names_of(file, _name)
@@ -91,7 +91,7 @@ def _of_tensors(file: TensorFile, expected: TransformerConfig) -> Checkpoint | P
         with torch.device("meta"):
             model = Skeleton(expected)
         return ScaledFp8(file, names, model)
-    return PlainFile.of(file.path, names)
+    return WideFile.of(file.path, names)
 
 
 def _name(key: str) -> str | None:

@@ -24,9 +24,9 @@ from image_worker.model.components import Component
 from image_worker.model.lora import Lora
 from image_worker.model.modulation import Read
 from image_worker.model.opening import in_own_format
-from image_worker.model.plain import Plain
 from image_worker.model.ranges import NO_RANGES, Ranges
 from image_worker.model.transformer import ROUND_TO, Transformer
+from image_worker.model.wide import Wide
 from image_worker.settings import Precision, Settings
 
 log = logging.getLogger(__name__)
@@ -52,11 +52,11 @@ class Recipe:
     compute: Compute = "bf16"
     int8_attention: bool = False
     is_complete: bool = True
-    checkpoints: Mapping[str, Checkpoint | Plain] = field(default_factory=dict)
+    checkpoints: Mapping[str, Checkpoint | Wide] = field(default_factory=dict)
     beside: Beside | None = None
     ranges: Ranges = NO_RANGES
 
-    def checkpoint_of(self, component: Component) -> Checkpoint | Plain | None:
+    def checkpoint_of(self, component: Component) -> Checkpoint | Wide | None:
         """The file that this component's weights are in, if not in the folder's."""
         return self.checkpoints.get(component.name)
 
@@ -100,7 +100,7 @@ def read_component(
     if own := in_own_format(single):
         from_checkpoint.load(module, own, storage, recipe.device, stays)
         return module
-    if isinstance(single, Plain):
+    if isinstance(single, Wide):
         tensors = single.tensors(recipe.device, storage)
     else:
         found = files.weight_files(folder)
@@ -169,7 +169,7 @@ def modulation_layers(recipe: Recipe) -> Read:
     if own := in_own_format(single):
         return functools.partial(own.full, device=recipe.device)
     loras = [Lora.read(path, only=components.is_modulation) for path in recipe.loras]
-    if isinstance(single, Plain):
+    if isinstance(single, Wide):
         return single.layers(loras, recipe.device, recipe.dtype)
     folder = recipe.folder / components.TRANSFORMER.name
     return weights.Layers(files.weight_files(folder), loras, recipe.dtype)

@@ -13,8 +13,8 @@ from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.components import TEXT_ENCODER, text_encoder_name
 from image_worker.model.formats.scaled_fp8 import MARK, ScaledFp8, names_of, without_prefix
 from image_worker.model.opening import GGUF, first_bytes, is_fp8
-from image_worker.model.plain import Plain, PlainFile
 from image_worker.model.tensor_file import TensorFile
+from image_worker.model.wide import Wide, WideFile
 
 _PREFIXES = ("text_encoders.qwen25_7b.transformer.", "qwen25_7b.transformer.", "text_encoder.")
 _EXPECTED = "expected Qwen2.5-VL's language model and vision tower, as the model's own files have"
@@ -25,7 +25,7 @@ _OTHERS = {  # of which other models' tensors have names
 }
 
 
-def open_text_encoder(path: Path, folder: Path) -> Checkpoint | Plain:
+def open_text_encoder(path: Path, folder: Path) -> Checkpoint | Wide:
     """folder: the model's text_encoder/, of which the configuration is read.
 
     Raises:
@@ -42,7 +42,7 @@ def open_text_encoder(path: Path, folder: Path) -> Checkpoint | Plain:
     names = names_of(file, _name)
     if is_fp8(file, names, "bf16, fp16 or FP8 (e4m3)"):
         return ScaledFp8(file, names, TEXT_ENCODER.empty(folder), TEXT_ENCODER.quantised)
-    return PlainFile.of(path, names)
+    return WideFile.of(path, names)
 
 
 def _name(key: str) -> str | None:

@@ -66,7 +66,10 @@ def load(
     missing = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for target, tensor in tensors:
         if target not in missing:
-            raise ModelMismatch(f"{label}: the checkpoint has {target}, which the model has not")
+            raise ModelMismatch(
+                f"{label}: the checkpoint has {target}, which the model has not (its own names may "
+                "be others)"
+            )
         missing.remove(target)
         _check_shape(module, target, tensor.shape)
         if not storage.on_disk(target.rpartition(".")[0]):

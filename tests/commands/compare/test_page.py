@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from image_worker import __main__ as command
+from image_worker.commands.compare import card_time
 from image_worker.commands.compare.job import make_job
 from image_worker.commands.compare.measuring import measure
 from image_worker.commands.compare.page import page
@@ -93,6 +94,7 @@ def test_the_page_is_html_with_all_ways(tmp_path: Path) -> None:
     assert "4bit: 1.30 s a picture" in tags.text
     assert "25%" in tags.text, "the kernel's share of its reference"
     assert "30.0 (75%)" in tags.text, "of the card's time, products"
+    assert f".part{len(card_time.NAMES) - 1} {{" in text, "each has a colour"
     assert "4bit: not measured: <u>nobody</u> may look." in tags.text
     assert all(image["alt"] and image["src"].startswith("data:") for image in tags.all("img"))
     assert len(tags.all("img")) == 1 + 3 * 3, "the job's, and of three seeds two and a difference"

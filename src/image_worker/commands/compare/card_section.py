@@ -72,7 +72,7 @@ def _legend() -> str:
 def _times_table(measured: Mapping[str, Mapping[str, float]]) -> str:
     lines = []
     for name in NAMES:
-        if any(name in parts for parts in measured.values()):
+        if any(parts.get(name) for parts in measured.values()):
             cells = "".join(f"<td>{_cell(parts, name)}</td>" for parts in measured.values())
             lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
     caption = "Milliseconds, and their share of the way's sum"
@@ -80,7 +80,7 @@ def _times_table(measured: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _cell(parts: Mapping[str, float], name: str) -> str:
-    if name not in parts:
+    if not parts.get(name):
         return ""
     return f"{parts[name]:.1f} ({parts[name] / sum(parts.values()):.0%})"
 

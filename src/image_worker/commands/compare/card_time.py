@@ -17,12 +17,12 @@ GROUPS = (
     ("norms, modulation, residuals", r"^_norm_kernel\b"),
     ("GELU", r"^_gelu_kernel\b"),
     ("heads: norms, rotation, order", r"^(_to_joint_kernel|to_tiles)\b"),
-    ("rounding of activations", r"^_quantise_kernel\b"),
+    ("rounding of activations", r"^_quantise_kernel\b|Int8VectorQuant"),
     ("copies", r"^mem(cpy|set)\b"),
     ("attention", r"flash|fmha|sdpa|attention"),
     ("decoding of weights", r"dequantize"),
-    ("convolutions", r"conv|wgrad|dgrad|fprop"),
-    ("products", r"gemm|gemv|nvjet|cutlass|xmma|splitk"),
+    ("convolutions", r"conv(?!ert)|wgrad|dgrad|fprop"),
+    ("products", r"gemm|gemv|nvjet|cutlass|xmma|splitk|dequant_mm"),
 )
 OTHERS = "others"
 NAMES = (*dict.fromkeys(name for name, _ in GROUPS), OTHERS)

@@ -108,10 +108,12 @@ class _Bar:
     """Shows how far it is, and keeps the page up to date."""
 
     def __init__(self, trial: Trial, command: str) -> None:
-        pending = [len(trial.pending(way)) for way in trial.ways]
-        first = [bool(trial.pending(way)) or trial.unwatched(way) for way in trial.ways]
+        total = sum(
+            trial.unfinished(way) + len(trial.pending(way)) + trial.unwatched(way)
+            for way in trial.ways  # a first job, runs, and one that is watched
+        )
         self._trial, self._command = trial, command
-        self._bar = tqdm(total=sum(pending) + sum(first), unit="job", disable=None)
+        self._bar = tqdm(total=total, unit="job", disable=None)
 
     def __enter__(self) -> _Bar:
         return self

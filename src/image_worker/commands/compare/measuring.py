@@ -36,11 +36,10 @@ class NoRoom(Exception):
 
 def measure(trial: Trial, watcher: Watcher, start: Callable[..., Process] = Process) -> None:
     """Measures until nothing is pending; what fails is a record, and the others go on."""
-    pending = [way for way in trial.ways if trial.pending(way) or trial.unwatched(way)]
     try:
-        _in_turns(trial, pending, watcher, start)
+        _in_turns(trial, list(filter(trial.unfinished, trial.ways)), watcher, start)
     except NoRoom:
-        for way in pending:
+        for way in filter(trial.unfinished, trial.ways):
             _in_turns(trial, [way], watcher, start)
     _measure_kernels(trial, watcher, start)
 
@@ -78,19 +77,25 @@ def _in_turns(
                     del processes[way]
             watcher.round()
         for way, process in processes.items():
-            _watch(trial, way, process, watcher)
+            if trial.unwatched(way):
+                _watch(trial, way, process, watcher, alone=len(processes) == 1)
 
 
-def _watch(trial: Trial, way: Way, process: Process, watcher: Watcher) -> None:
-    """One more picture, to see where the card's time goes. Its seconds do not count."""
-    if not trial.unwatched(way):
-        return
+def _watch(trial: Trial, way: Way, process: Process, watcher: Watcher, *, alone: bool) -> None:
+    """One more picture, to see where the card's time goes. Its seconds do not count.
+
+    Raises:
+        NoRoom: it lacks memory that it might have alone.
+    """
     watcher.begins(f"{way.name}: where the card's time goes")
     try:
         found = process.ask(do="card_time", input=_job(trial, trial.seeds[0]))
     except WayFailed as failed:
+        if not alone and failed.type in _NO_ROOM:
+            raise NoRoom from None
         found = {"problem": f"{failed.type}: {failed.message}"}
     trial.records.add("card_time", trial.key(way), **found)
+    watcher.done(1)
 
 
 def _started(

@@ -40,7 +40,7 @@ def results(trial: Trial, command: str) -> Results:
     references = {way: _reference(trial, way) for way in trial.ways}
     names = {other.name for other in references.values() if other is not None}
     return {
-        "complete": all(not trial.pending(way) or _error(trial, way) for way in trial.ways),
+        "complete": all(not trial.unfinished(way) or _error(trial, way) for way in trial.ways),
         "command": command,
         "order": _order(trial),
         "machine": trial.machine,
@@ -108,7 +108,7 @@ def _spread(values: Sequence[float]) -> Results | None:
 
 
 def _error(trial: Trial, way: Way) -> Results | None:
-    found = trial.records.error(trial.key(way)) if trial.pending(way) else None
+    found = trial.records.error(trial.key(way)) if trial.unfinished(way) else None
     return found and {"type": found["type"], "message": found["message"]}
 
 

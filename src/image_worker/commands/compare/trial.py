@@ -50,6 +50,10 @@ class Trial:
         on_card = self.machine["card"] is not None
         return on_card and self.records.first("card_time", self.key(way)) is None
 
+    def unfinished(self, way: Way) -> bool:
+        """Whether anything is to be measured of it."""
+        return bool(self.pending(way)) or self.unwatched(way)
+
     def picture(self, way: Way, seed: int) -> Path:
         """Where a picture is, or shall be."""
         return self.out / "pictures" / f"{self.key(way)}-{seed}.png"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ _SHOWN = 3  # of the faults that an error names
 
 
 @dataclass(frozen=True)
-class Plain(ABC):
+class Wide(ABC):
     """A file with a component's weights as numbers, into which LoRAs are merged.
 
     label: its format, for people.
@@ -61,7 +62,7 @@ class Plain(ABC):
 
 
 @dataclass(frozen=True)
-class PlainFile(Plain):
+class WideFile(Wide):
     """Safetensors in 16 bits or more. keys: what it calls its tensors, by the model's names."""
 
     keys: Mapping[str, str]
@@ -72,16 +73,16 @@ class PlainFile(Plain):
         return cls(path, "16 bits or more", keys)
 
     def tensors(self, device: torch.device, storage: Storage) -> Iterator[tuple[str, Tensor]]:  # noqa: ARG002
-        """As of `Plain`."""
+        """As of `Wide`."""
         names = {key: name for name, key in self.keys.items()}
         return weights.read([self.path], self.path.name, names.get)
 
     def layers(self, loras: Sequence[Lora], device: torch.device, dtype: torch.dtype) -> Read:  # noqa: ARG002
-        """As of `Plain`."""
+        """As of `Wide`."""
         return weights.Layers([self.path], loras, dtype, self.keys)
 
     def check(self, module: nn.Module) -> None:
-        """As of `Plain`."""
+        """As of `Wide`."""
         expected = weights.shapes_of(module)
         parts = TensorFile.open(self.path).parts
         found = {name: parts[key].shape for name, key in self.keys.items()}
@@ -100,7 +101,7 @@ class PlainFile(Plain):
 
 
 @dataclass(frozen=True)
-class Decoding(Plain):
+class Decoding(Wide):
     """A transformer's file in a format of its own, decoded once, when its weights are loaded.
 
     Against weights that stay in the file's format, they take the memory of the precision that they
@@ -115,27 +116,33 @@ class Decoding(Plain):
         return cls(checkpoint.path, f"{checkpoint.label}, decoded", checkpoint)
 
     def tensors(self, device: torch.device, storage: Storage) -> Iterator[tuple[str, Tensor]]:
-        """As of `Plain`."""
+        """As of `Wide`."""
         linears = sorted(self.checkpoint.linears)
         for path in tqdm(linears, desc=self.label, unit="layer", disable=None):
-            weight, bias = self._linear(path, device, storage)
-            yield f"{path}.weight", weight
-            yield f"{path}.bias", bias
+            # Nothing here refers to a weight any more when the next one is decoded.
+            names = (f"{path}.weight", f"{path}.bias")
+            yield from zip(names, self._linear(path, device, storage), strict=True)
         for name in sorted(self.checkpoint.others):
             yield name, self.checkpoint.other(name)
 
     def _linear(self, path: str, device: torch.device, storage: Storage) -> tuple[Tensor, Tensor]:
         if not storage.on_disk(path):
-            return self.checkpoint.full(path, device)
+            weight, bias = self.checkpoint.full(path, device)
+            return weight.to(storage.dtype), bias.to(storage.dtype)
         layer: Any = self.checkpoint.linear(path, _META, storage.dtype)
         shape = (layer.out_features, layer.in_features)
         return torch.empty(shape, device=_META), torch.empty(shape[0], device=_META)
 
     def layers(self, loras: Sequence[Lora], device: torch.device, dtype: torch.dtype) -> Read:
-        """As of `Plain`."""
+        """As of `Wide`."""
+
+        one_at_a_time = threading.Lock()
 
         def read(path: str) -> tuple[Tensor, Tensor]:
-            weight, bias = (part.to(dtype) for part in self.checkpoint.full(path, device))
+            # Several threads read ahead. What they have ready waits on the host, as it does where
+            # files are in 16 bits, since the plan keeps no room for it on the card.
+            with one_at_a_time:
+                weight, bias = (part.to(dtype).cpu() for part in self.checkpoint.full(path, device))
             return weights.with_loras(weight, path, loras), bias
 
         return read

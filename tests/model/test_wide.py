@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ import torch
 from torch import Tensor
 
 from image_worker.errors import InvalidSettings
+from image_worker.model import build as build_module
 from image_worker.model.components import TRANSFORMER
 from image_worker.model.formats.gguf_checkpoint import GgufCheckpoint
 from image_worker.model.opened import open_transformer
-from image_worker.model.plain import Decoding
+from image_worker.model.placement import Plan
 from image_worker.model.sources import Sources
+from image_worker.model.wide import Decoding
 from image_worker.settings import Precision, Settings
 from tests.conftest import MINI_FOLDER, read_mini
 from tests.model.test_beside import LIGHTNING, config_of, gguf, of_all_layers, opened, scaled_fp8
 from tests.model.test_beside_start import as_numbers, built
 from tests.model.test_opening import NO_LORA, saved, steps
-from tests.model.test_stream import edit
+from tests.model.test_stream import edit, passing
 from tools.full_size_files import Weights, write
 
 DECODED = {"checkpoint_decode": "1"}
@@ -84,6 +87,31 @@ def test_what_is_not_loaded_is_not_decoded(tmp_path: Path, monkeypatch: Any) -> 
     monkeypatch.setattr(GgufCheckpoint, "full", watched)
     built(checkpoint=gguf(tmp_path), precision_mode="8bit", **DECODED, **NO_LORA)
     assert decoded and not [path for path in decoded if "_mod." in path]
+
+
+def test_one_weight_at_a_time_is_decoded(tmp_path: Path, monkeypatch: Any) -> None:
+    alive, most, full = weakref.WeakSet[Tensor](), [0], GgufCheckpoint.full
+
+    def watched(self: GgufCheckpoint, path: str, device: torch.device) -> Any:
+        weight, bias = full(self, path, device)
+        weight = weight.clone()  # of its own, not of the file's memory
+        alive.add(weight)
+        most[0] = max(most[0], len(alive))
+        return weight, bias
+
+    monkeypatch.setattr(GgufCheckpoint, "full", watched)
+    settings = {"checkpoint": gguf(tmp_path), "precision_mode": "4bit", **NO_LORA}
+    built(**settings, **DECODED)
+    assert most == [1]
+
+
+def test_what_it_holds_passes_like_any_other(tmp_path: Path, monkeypatch: Any) -> None:
+    given = {"checkpoint": gguf(tmp_path), "precision_mode": "4bit", **DECODED}
+    stays = built(**given)
+    expected = edit(stays)
+    found = Plan("4bit", passing(stays, every=True))
+    monkeypatch.setattr(build_module, "plan", lambda *_: found)
+    assert torch.equal(edit(built(**given)), expected)
 
 
 def test_a_file_in_16_bits_has_nothing_to_decode(base: dict[str, Tensor], tmp_path: Path) -> None:
