@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,6 @@ def nunchaku(folder: Path) -> Path:
     [
         (scaled_fp8, "bf16", {}),
         (gguf, "fp8", {}),
-        (gguf, "svdq", {"svdq_rank": "128", **NO_LORA}),
         (nunchaku, "4bit", {"lightning_steps": "4"}),
     ],
 )
@@ -85,8 +85,26 @@ def test_what_is_not_loaded_is_not_decoded(tmp_path: Path, monkeypatch: Any) -> 
         return full(self, path, device)
 
     monkeypatch.setattr(GgufCheckpoint, "full", watched)
-    built(checkpoint=gguf(tmp_path), precision_mode="8bit", **DECODED, **NO_LORA)
+    built(checkpoint=gguf(tmp_path), precision_mode="bf16", **DECODED, **NO_LORA)
     assert decoded and not [path for path in decoded if "_mod." in path]
+
+
+@pytest.mark.parametrize("given", [{}, DECODED])
+def test_readers_take_turns(given: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Of modulation's layers, each of which is decoded on the card."""
+    inside, most, full = [0], [0], GgufCheckpoint.full
+
+    def watched(self: GgufCheckpoint, path: str, device: torch.device) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.002)
+        inside[0] -= 1
+        return full(self, path, device)
+
+    model = built(checkpoint=gguf(tmp_path), precision_mode="bf16", **given)
+    monkeypatch.setattr(GgufCheckpoint, "full", watched)
+    model.transformer.prepare([0.5])
+    assert most == [1]
 
 
 def test_one_weight_at_a_time_is_decoded(tmp_path: Path, monkeypatch: Any) -> None:
@@ -127,4 +145,5 @@ def test_ranges_are_for_weights_that_are_quantised_here(tmp_path: Path) -> None:
     sources = Sources(MINI_FOLDER, (), checkpoint=path, ranges=ranges)
     with pytest.raises(InvalidSettings, match="have them decoded with CHECKPOINT_DECODE=1"):
         open_transformer(sources, Settings.from_env(named), vars(config))
-    built(**{name.lower(): value for name, value in named.items()}, **DECODED, **NO_LORA)
+    decoded = Settings.from_env(named | {"CHECKPOINT_DECODE": "1"})
+    assert isinstance(open_transformer(sources, decoded, vars(config)), Decoding)

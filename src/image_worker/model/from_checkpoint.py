@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from image_worker.model.checkpoint import Checkpoint
@@ -14,6 +16,9 @@ from image_worker.model.formats.fp8 import Fp8Linear
 from image_worker.model.packed import move, slots
 from image_worker.model.weights import Storage
 from image_worker.settings import Precision
+
+if TYPE_CHECKING:
+    from image_worker.model.modulation import Read
 
 META = torch.device("meta")
 
@@ -65,6 +70,22 @@ def stored_bytes(
     return found | {
         name: storage.dtype.itemsize * shapes[name].numel() for name in checkpoint.others
     }
+
+
+def layers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Read:
+    """Reads layers that stay on disk, in `dtype`, decoded on the device.
+
+    Several threads read ahead, and the plan keeps no room for what each of them decodes: so it is
+    one of them at a time.
+    """
+    one_at_a_time = threading.Lock()
+
+    def read(path: str) -> tuple[Tensor, Tensor]:
+        with one_at_a_time:
+            weight, bias = checkpoint.full(path, device)
+            return weight.to(dtype), bias.to(dtype)
+
+    return read
 
 
 def like(checkpoint: Checkpoint) -> Precision:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
@@ -167,7 +166,7 @@ def modulation_layers(recipe: Recipe) -> Read:
     """The layers that stay on disk."""
     single = recipe.checkpoint_of(components.TRANSFORMER)
     if own := in_own_format(single):
-        return functools.partial(own.full, device=recipe.device)
+        return from_checkpoint.layers(own, recipe.device, recipe.dtype)
     loras = [Lora.read(path, only=components.is_modulation) for path in recipe.loras]
     if isinstance(single, Wide):
         return single.layers(loras, recipe.device, recipe.dtype)

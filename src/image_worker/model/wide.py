@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from image_worker.errors import ModelMismatch
-from image_worker.model import weights
+from image_worker.model import from_checkpoint, weights
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.lora import Lora
 from image_worker.model.tensor_file import TensorFile
@@ -136,16 +135,14 @@ class Decoding(Wide):
     def layers(self, loras: Sequence[Lora], device: torch.device, dtype: torch.dtype) -> Read:
         """As of `Wide`."""
 
-        one_at_a_time = threading.Lock()
+        read = from_checkpoint.layers(self.checkpoint, device, dtype)
 
-        def read(path: str) -> tuple[Tensor, Tensor]:
-            # Several threads read ahead. What they have ready waits on the host, as it does where
-            # files are in 16 bits, since the plan keeps no room for it on the card.
-            with one_at_a_time:
-                weight, bias = (part.to(dtype).cpu() for part in self.checkpoint.full(path, device))
+        def merged(path: str) -> tuple[Tensor, Tensor]:
+            # On the host, as of files in 16 bits: the card has no room for what merging takes.
+            weight, bias = (part.cpu() for part in read(path))
             return weights.with_loras(weight, path, loras), bias
 
-        return read
+        return merged
 
     def check(self, module: nn.Module) -> None:
         """Nothing: whoever opened the checkpoint has seen to it."""
