@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from image_worker.kernels import attention, fused, reference
-from image_worker.kernels.reference import FP8, TILE, Activation, Quantised
+from image_worker.kernels.attention_reference import TASK, TILE, attend_int8
+from image_worker.kernels.reference import FP8, Activation, Quantised
 from image_worker.model.attention import Exact, Int8, Order, attend
 from tests.kernels.test_fused import DEVICE, noise, with_carries
 
@@ -96,7 +97,7 @@ def test_tiles_hold_what_the_reference_rounds(lengths: list[int], size: int) -> 
 def test_the_reference_is_near_exact_attention(lengths: list[int], sharpness: int) -> None:
     q, k, v = (noise(sum(lengths), HEADS, 64, seed=seed) for seed in range(3))
     exact = attend(sharpness * q, k, v, lengths, lengths)
-    found = reference.attend_int8(sharpness * q, k, v, lengths)
+    found = attend_int8(sharpness * q, k, v, lengths)
     assert ((found - exact).norm() / exact.norm()).item() <= 0.045  # FP8 has four bits of a number
 
 
@@ -105,7 +106,7 @@ def test_a_tile_of_small_values_keeps_its_share_of_the_softmax(scale: float) -> 
     q, k, v = (noise(2 * TILE, HEADS, 64, seed=seed) for seed in range(3))
     v[TILE:] *= scale
     exact = attend(q, k, v, [2 * TILE], [2 * TILE])
-    found = reference.attend_int8(q, k, v, [2 * TILE])
+    found = attend_int8(q, k, v, [2 * TILE])
     assert ((found - exact).norm() / exact.norm()).item() <= 0.045
 
 
@@ -129,7 +130,7 @@ def test_a_broken_number_is_not_lost_in_the_reference(part: int) -> None:
     qkv, norms, order, text_tokens = given([256], 32, torch.float32)
     spoil(qkv, order, part)
     parts = reference.to_joint_heads(qkv, norms, order.rope, order.places, text_tokens)
-    assert reference.attend_int8(*parts, order.lengths).isnan().any()
+    assert attend_int8(*parts, order.lengths).isnan().any()
 
 
 def spoil(qkv: Tensor, order: Order, part: int) -> None:
@@ -166,15 +167,15 @@ def widened(found: Activation) -> Tensor:
 
 def test_a_rows_neighbours_do_not_matter_to_the_reference() -> None:
     q, k, v = (noise(200, HEADS, 64, seed=seed) for seed in range(3))
-    alone = reference.attend_int8(q[130:], k[130:], v[130:], [70])
-    together = reference.attend_int8(q, k, v, [130, 70])
+    alone = attend_int8(q[130:], k[130:], v[130:], [70])
+    together = attend_int8(q, k, v, [130, 70])
     torch.testing.assert_close(together[130:], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_of_equal_tokens_is_their_value() -> None:
     value = noise(HEADS, 64)
     q = torch.zeros(150, HEADS, 64, device=DEVICE)
-    found = reference.attend_int8(q, q, value.expand(150, -1, -1), [150])
+    found = attend_int8(q, q, value.expand(150, -1, -1), [150])
     torch.testing.assert_close(found, value.flatten().expand(150, -1), rtol=2**-4, atol=0.02)
 
 
@@ -186,16 +187,14 @@ def test_orders_cover_each_token_once() -> None:
     joint = [owner for owner in owners if owner >= 0]
     assert [order.places[owner].item() for owner in joint] == list(range(sum(lengths)))
     covered = [
-        place
-        for start, _, last, _ in tasks
-        for place in range(start, min(start + reference.TASK, last))
+        place for start, _, last, _ in tasks for place in range(start, min(start + TASK, last))
     ]
     assert sorted(covered) == [place for place, owner in enumerate(owners) if owner >= 0]
     targets = set(order.targets.tolist())
     reached = {
         owners[place]
         for start, _, last, _ in order.target_tasks.tolist()
-        for place in range(start, min(start + reference.TASK, last))
+        for place in range(start, min(start + TASK, last))
     }
     assert len(targets) == 65 + 1 + 200 and targets <= reached
     for start, first, last, _ in order.target_tasks.tolist():
@@ -219,7 +218,7 @@ def test_the_kernel_computes_what_the_reference_does(lengths: list[int], size: i
     found = kernels(tiles, order.tasks, order.owners, len(qkv), size).float()
     q, k, v = fused.to_joint_heads(qkv, norms, order.rope, order.places, text_tokens)
     exact = attend(q, k, v, order.lengths, order.lengths)[order.places].float()
-    expected = reference.attend_int8(q, k, v, order.lengths)[order.places].float()
+    expected = attend_int8(q, k, v, order.lengths)[order.places].float()
     theirs = (expected - exact).norm() / exact.norm()
     assert torch.isfinite(found).all()
     assert (found - exact).norm() / exact.norm() <= 1.15 * theirs

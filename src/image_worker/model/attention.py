@@ -16,7 +16,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
 from image_worker.kernels import reference
-from image_worker.kernels.reference import TASK, TILE, Activation
+from image_worker.kernels.attention_reference import TASK, TILE, attend_int8
+from image_worker.kernels.reference import Activation
 
 BACKENDS = [  # of torch's attention, best first; to be chosen around a forward
     SDPBackend.CUDNN_ATTENTION,
@@ -157,7 +158,7 @@ class Int8:
     ) -> Activation:
         if self._attend is None:
             q, k, v = reference.to_joint_heads(qkv, norms, order.rope, order.places, text_tokens)
-            mixed = reference.attend_int8(q, k, v, order.lengths)
+            mixed = attend_int8(q, k, v, order.lengths)
             places = order.places[order.targets] if only_targets else order.places
             return reference.to_stream(mixed, places, round_to=round_to)
         from image_worker.kernels import fused
