@@ -13,7 +13,7 @@ import torch
 from image_worker import __main__ as command
 from image_worker.commands.calibrate import for_recording
 from image_worker.model import ranges
-from image_worker.model.files import read_json
+from image_worker.model.in_folder import read_json
 from image_worker.serve import main, process
 from image_worker.settings import Settings
 from image_worker.worker import Worker

@@ -19,7 +19,7 @@ from image_worker.model.adapters import PRODUCTS, Adapter
 from image_worker.model.beside import Beside
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import TransformerConfig
-from image_worker.model.files import read_json
+from image_worker.model.in_folder import read_json
 from image_worker.model.lora import Lora
 from image_worker.model.low_rank import Reads
 from image_worker.model.opened import open_transformer, read_beside

@@ -13,7 +13,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from image_worker.catalog import CATALOG, HubFile
 from image_worker.errors import InvalidSettings, ModelMismatch, ModelUnavailable
-from image_worker.model import files
+from image_worker.model import files, in_folder
 from image_worker.settings import Settings
 from tests.conftest import MINI, MINI_FOLDER
 
@@ -137,7 +137,7 @@ def test_a_folder_without_a_part_is_refused(name: str, tmp_path: Path) -> None:
 def test_a_shard_that_the_index_names_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors.index.json").write_text('{"weight_map": {"a": "m-2.safetensors"}}')
     with pytest.raises(ModelUnavailable, match=r"m-2\.safetensors missing"):
-        files.weight_files(tmp_path)
+        in_folder.weight_files(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_folder_without_a_small_file_is_refused(name: str, tmp_path: Path) -> 
 def test_shards_without_their_index_are_counted(tmp_path: Path) -> None:
     (tmp_path / "m-00001-of-00005.safetensors").touch()
     with pytest.raises(ModelUnavailable, match="1 of 5 shards"):
-        files.weight_files(tmp_path)
+        in_folder.weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "\xff"])
@@ -167,7 +167,7 @@ def test_damaged_json_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(ModelMismatch):
-        files.read_json(path)
+        in_folder.read_json(path)
 
 
 @pytest.mark.parametrize("model_id", ["/nonexistent/models/x", "a/b/c", "~/nothing-there", "name"])

@@ -20,9 +20,9 @@ from image_worker.compute import Compute
 from image_worker.errors import ModelMismatch
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import TransformerConfig
-from image_worker.model.files import read_json
 from image_worker.model.formats.coded import CodedLinear
 from image_worker.model.formats.gguf_checkpoint import ZERO_COND, GgufCheckpoint
+from image_worker.model.in_folder import read_json
 from image_worker.model.shapes import expected
 from image_worker.model.skeleton import Skeleton
 from image_worker.model.tensor_file import TensorFile

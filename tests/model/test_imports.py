@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from image_worker.catalog import CATALOG
 from image_worker.edit import patches
-from image_worker.model import files
+from image_worker.model import in_folder
 from image_worker.model.components import TEXT_ENCODER
 from image_worker.model.recipe import Recipe, read_component
 from image_worker.model.text_config import read_patching
@@ -30,7 +30,7 @@ from image_worker.settings import Settings
 entry, settings, folder = CATALOG["mini"], Settings.from_env({}), Path(CATALOG["mini"].repo)
 recipe = Recipe(settings, entry, folder, (), torch.device("cpu"), torch.bfloat16)
 encoder = read_component(recipe, TEXT_ENCODER, "bf16")
-patching = read_patching(files.read_json(folder / "processor" / "preprocessor_config.json"))
+patching = read_patching(in_folder.read_json(folder / "processor" / "preprocessor_config.json"))
 seen, grid = patches.cut(Image.new("RGB", (128, 128)), patching)
 ids = TextTokenizer(folder / "tokenizer").ids("blur it" + "<|image_pad|>" * 16)
 with torch.inference_mode():

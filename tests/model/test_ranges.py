@@ -19,8 +19,8 @@ from image_worker.errors import BrokenPicture, InvalidSettings, ModelMismatch, M
 from image_worker.model import build as build_module
 from image_worker.model import ranges, sources
 from image_worker.model.components import TRANSFORMER
-from image_worker.model.files import read_json
 from image_worker.model.formats import decomposition
+from image_worker.model.in_folder import read_json
 from image_worker.model.packed import slots
 from image_worker.model.placement import Plan
 from image_worker.model.ranges import KIND, Recorder

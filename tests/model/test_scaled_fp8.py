@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from image_worker.errors import ModelMismatch
 from image_worker.model.components import TRANSFORMER
 from image_worker.model.configs import TransformerConfig
-from image_worker.model.files import read_json
 from image_worker.model.formats.fp8 import Fp8Linear
 from image_worker.model.formats.scaled_fp8 import ScaledFp8
+from image_worker.model.in_folder import read_json
 from image_worker.model.opening import ZERO_COND_T, open_checkpoint
 from tests.conftest import MINI_FOLDER, read_mini
 

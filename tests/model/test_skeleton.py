@@ -11,7 +11,7 @@ from diffusers import QwenImageTransformer2DModel
 from image_worker.errors import ModelMismatch
 from image_worker.model.components import TRANSFORMER
 from image_worker.model.configs import TransformerConfig
-from image_worker.model.files import read_json
+from image_worker.model.in_folder import read_json
 from image_worker.model.skeleton import Skeleton
 from image_worker.model.transformer import Row, Transformer, velocities
 from tests import upstream

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from image_worker.errors import CardLost, ModelUnavailable
-from image_worker.model import components, files, layers, prepared, weights
+from image_worker.model import components, files, in_folder, layers, prepared, weights
 from image_worker.model.prepared import MANIFEST, Prepared
 from image_worker.settings import Precision, Settings
 from tests.conftest import MINI_FOLDER
@@ -90,7 +90,7 @@ def test_layers_are_stored_in_the_type_that_computes_with_loras(tmp_path: Path) 
     recipe_layers = worker.model.transformer.modulation
     stored = {path.name for path in (whole_of(tmp_path) / "modulation").iterdir()}
     assert stored == {f"{name}.safetensors" for name in recipe_layers.layers}
-    shards = files.weight_files(MINI_FOLDER / "transformer")
+    shards = in_folder.weight_files(MINI_FOLDER / "transformer")
     plain, bias = weights.Layers(shards, [], worker.model.dtype)(LAYER)
     merged = recipe_layers.read(LAYER)
     assert merged[0].dtype == worker.model.dtype and merged[0].shape == plain.shape

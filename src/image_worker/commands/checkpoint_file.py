@@ -14,7 +14,7 @@ from image_worker import checkpoints
 from image_worker.catalog import HubFile, ModelEntry
 from image_worker.commands.facts import CheckpointFile
 from image_worker.errors import WorkerError
-from image_worker.model import files, from_url, full_sizes, sources
+from image_worker.model import files, from_url, full_sizes, in_folder, sources
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.components import TEXT_ENCODER, TRANSFORMER
 from image_worker.model.opened import open_text_encoder, open_transformer
@@ -113,7 +113,7 @@ def _open_transformer(
     if folder is None:
         config = full_sizes.configs_of(entry)[TRANSFORMER.name]
     else:
-        config = files.read_json(folder / TRANSFORMER.name / "config.json")
+        config = in_folder.read_json(folder / TRANSFORMER.name / "config.json")
     loras = tuple(Path(file.path) for file in sources.loras_of(entry, settings))
     place = folder or full_sizes.FOLDER
     opened = open_transformer(Sources(place, loras, checkpoint=path), settings, config)

@@ -24,8 +24,8 @@ from image_worker.catalog import LIGHTNING_SAMPLER, ModelEntry, Sampler
 from image_worker.errors import DoesNotFit, OutOfMemory
 from image_worker.model import (
     components,
-    files,
     from_checkpoint,
+    in_folder,
     libraries,
     numbers,
     sources,
@@ -260,7 +260,7 @@ def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) ->
     vae = load(components.VAE)
     with libraries.loading(recipe, decided, vae):
         text_encoder, transformer = load(components.TEXT_ENCODER), load(components.TRANSFORMER)
-    scheduler = files.read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = in_folder.read_json(folder / "scheduler" / "scheduler_config.json")
     processor = folder / "processor" / "preprocessor_config.json"
     return Model(
         entry=entry,
@@ -272,7 +272,7 @@ def _load(recipe: Recipe, store: Store, decided: Plan, cold_start: ColdStart) ->
         sampler=LIGHTNING_SAMPLER if lightning else Sampler.from_config(scheduler),
         tokenizer=TextTokenizer(folder / "tokenizer"),
         # A model that takes no pictures has no such file, and never asks.
-        patching=read_patching(files.read_json(processor) if entry.max_images else {}),
+        patching=read_patching(in_folder.read_json(processor) if entry.max_images else {}),
         text_encoder=text_encoder,
         transformer=transformer,
         vae=vae,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from image_worker.catalog import ModelEntry
 from image_worker.errors import ModelMismatch
-from image_worker.model import files, from_checkpoint, weights
+from image_worker.model import from_checkpoint, in_folder, weights
 from image_worker.model.checkpoint import Checkpoint
 from image_worker.model.configs import PATCH, VAE_SCALE, TransformerConfig, VaeConfig
 from image_worker.model.formats import Format, format_of
@@ -116,17 +116,17 @@ def text_encoder_name(name: str) -> str | None:
 
 def _empty_text_encoder(folder: Path) -> nn.Module:
     with torch.device("meta"):
-        return TextEncoder(files.read_json(folder / "config.json"))
+        return TextEncoder(in_folder.read_json(folder / "config.json"))
 
 
 def _empty_transformer(folder: Path) -> nn.Module:
-    config = TransformerConfig.parse(files.read_json(folder / "config.json"))
+    config = TransformerConfig.parse(in_folder.read_json(folder / "config.json"))
     with torch.device("meta"):
         return Skeleton(config)
 
 
 def _empty_vae(folder: Path) -> nn.Module:
-    config = VaeConfig.parse(files.read_json(folder / "config.json"))
+    config = VaeConfig.parse(in_folder.read_json(folder / "config.json"))
     with torch.device("meta"):
         return Vae(config)
 
@@ -171,7 +171,9 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     """
     configs = {}
     for component in ALL:
-        config = configs[component.name] = files.read_json(folder / component.name / "config.json")
+        config = configs[component.name] = in_folder.read_json(
+            folder / component.name / "config.json"
+        )
         kind = config.get("_class_name") or (config.get("architectures") or [None])[0]
         if kind != component.kind:
             raise ModelMismatch(
@@ -215,7 +217,7 @@ def sizes(
 def _shapes(folder: Path, component: Component, in_files: bool) -> dict[str, torch.Size]:
     here = folder / component.name
     if in_files:
-        return weights.shapes(files.weight_files(here), component.rename, component.cut)
+        return weights.shapes(in_folder.weight_files(here), component.rename, component.cut)
     return weights.shapes_of(component.empty(here))
 
 

@@ -6,20 +6,18 @@ by side, downloads resume, and workers that share a volume do not disturb each o
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from image_worker.catalog import HubFile, ModelEntry
 from image_worker.errors import InvalidSettings, ModelMismatch, ModelUnavailable
-from image_worker.model import caches, selection
+from image_worker.model import caches, in_folder, selection
 from image_worker.model.download import Snapshot
 from image_worker.settings import Settings
 
@@ -124,44 +122,6 @@ def adapter_place(file: HubFile, settings: Settings) -> Path | None:
     return next(iter([*there, *places]), None)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one component, in the order in which they are read.
-
-    Raises:
-        ModelUnavailable: there are none, or the index names files that are not there.
-    """
-    index = next(iter(sorted(folder.glob(f"*{selection.INDEX}"))), None)
-    if index is None:
-        files = sorted(folder.glob("*.safetensors"))
-    else:
-        files = [folder / name for name in _shards(index)]
-    numbered = re.search(r"-of-(\d+)\.safetensors$", files[0].name) if files else None
-    if numbered and len(files) != int(numbered[1]):
-        raise ModelUnavailable(
-            f"{folder.name}/ of the model is incomplete: {len(files)} of {int(numbered[1])} shards"
-        )
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        what = ", ".join(missing) if missing else "its .safetensors weights"
-        raise ModelUnavailable(f"{folder.name}/ of the model is incomplete: {what} missing")
-    return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model's folder.
-
-    Raises:
-        ModelMismatch: it cannot be read, or is none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelMismatch(f"{path.parent.name}/{path.name} of the model is damaged") from error
-    if not isinstance(content, dict):
-        raise ModelMismatch(f"{path.parent.name}/{path.name} of the model is no JSON object")
-    return content
-
-
 @dataclass(frozen=True)
 class _Model:
     """On the hub. weights: the components whose weights are wanted; small files are, of all."""
@@ -260,11 +220,7 @@ def _download(
 def _indices(folder: Path, paths: Iterable[str]) -> dict[str, list[str]]:
     """What the indices among `paths` name, as far as they are in `folder`."""
     indices = [path for path in paths if path.endswith(selection.INDEX)]
-    return {path: _shards(folder / path) for path in indices if (folder / path).is_file()}
-
-
-def _shards(index: Path) -> list[str]:
-    return sorted(set(read_json(index).get("weight_map", {}).values()))
+    return {path: in_folder.shards(folder / path) for path in indices if (folder / path).is_file()}
 
 
 def _caches(settings: Settings) -> Iterator[Path]:
@@ -301,5 +257,5 @@ def _complete(folder: Path, entry: ModelEntry, weights: Sequence[str]) -> Path:
     if missing:
         raise ModelUnavailable(f"the model folder is incomplete: {', '.join(missing)} missing")
     for name in weights:
-        weight_files(folder / name)
+        in_folder.weight_files(folder / name)
     return folder

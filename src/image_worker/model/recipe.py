@@ -15,7 +15,7 @@ from torch import nn
 from image_worker.catalog import ModelEntry
 from image_worker.compute import Compute
 from image_worker.errors import InvalidSettings
-from image_worker.model import components, files, from_checkpoint, weights
+from image_worker.model import components, from_checkpoint, in_folder, weights
 from image_worker.model.attention import Int8
 from image_worker.model.beside import Beside
 from image_worker.model.checkpoint import Checkpoint
@@ -102,7 +102,7 @@ def read_component(
     if isinstance(single, Wide):
         tensors = single.tensors(recipe.device, storage)
     else:
-        found = files.weight_files(folder)
+        found = in_folder.weight_files(folder)
         tensors = weights.read(found, component.name, component.rename, component.cut)
     is_changed = component is components.TRANSFORMER
     weights.load(
@@ -171,7 +171,7 @@ def modulation_layers(recipe: Recipe) -> Read:
     if isinstance(single, Wide):
         return single.layers(loras, recipe.device, recipe.dtype)
     folder = recipe.folder / components.TRANSFORMER.name
-    return weights.Layers(files.weight_files(folder), loras, recipe.dtype)
+    return weights.Layers(in_folder.weight_files(folder), loras, recipe.dtype)
 
 
 def keep_kernels(settings: Settings) -> Path | None:

@@ -16,7 +16,7 @@ from typing import Any
 from image_worker import checkpoints
 from image_worker.catalog import HubFile, ModelEntry
 from image_worker.errors import InvalidSettings, ModelUnavailable
-from image_worker.model import files, from_url
+from image_worker.model import files, from_url, in_folder
 from image_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def facts_of_model(folder: Path, checkpoints: Mapping[str, Path]) -> list[list[A
         path
         for name in files.COMPONENTS
         if name not in checkpoints
-        for path in files.weight_files(folder / name)
+        for path in in_folder.weight_files(folder / name)
     ]
     return facts_of_files([*shards, *instead])
 

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from image_worker.errors import ModelMismatch
-from image_worker.model.files import read_json
+from image_worker.model.in_folder import read_json
 
 # Qwen2's words, which no merge crosses: English clitics, letters with one sign before them, single
 # digits, signs, line ends, spaces.
